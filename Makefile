@@ -1,0 +1,26 @@
+# make demo: set up, generate data, train a point tracker, evaluate it and draw its tracks.
+# make test: set up and run all tests.
+PYTHON ?= python3
+PY = .venv/bin/python
+
+.PHONY: demo test test-long lint bench
+
+.venv/ready: requirements.txt requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: .venv/ready
+	$(PY) tests/demo.py
+
+test: .venv/ready
+	$(PY) -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-long: .venv/ready
+	$(PY) -m pytest -m slow
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+
+bench: .venv/ready
+	$(PY) bench/bench.py lbm
