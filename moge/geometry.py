@@ -40,9 +40,9 @@ def depth_to_points(depth: Tensor, K: Tensor) -> Tensor:
     depth is not.
     """
     H, W = depth.shape[-2:]
-    uv = image_uv(W, H, depth.device)
-    ray = torch.cat([uv, torch.ones_like(uv[..., :1])], -1)  # (H, W, 3)
-    ray = torch.einsum("...ij,hwj->...hwi", torch.linalg.inv(K), ray)
+    u, v = image_uv(W, H, depth.device).unsqueeze(-2).unbind(-1)  # (H, W, 1)
+    inverse = torch.linalg.inv_ex(K)[0][..., None, None, :, :]  # unchecked: does not wait for the device
+    ray = inverse[..., 0] * u + inverse[..., 1] * v + inverse[..., 2]  # (..., H, W, 3); no matrix product, which autocast would round
     return ray * depth[..., None]
 
 

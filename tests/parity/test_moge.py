@@ -100,16 +100,16 @@ def near_ties(p, g, w, trunc, shifted, m: int, chosen: tuple[int, int]) -> list[
     apart.
     """
     anchors = (w[m] > 0).nonzero()[:, 0]
-    x, y = alignment._terms(p, g, w, alignment._axes(p, shifted), torch.full_like(anchors, m), anchors)
-    best = torch.cat([alignment._solve_rows(a, b, trunc)[1] for a, b in zip(x.split(64), y.split(64))])
-    found = []
-    for row in (best <= best.min() * (1 + 1e-6)).nonzero()[:, 0].tolist():
-        u, v = x[row].double(), y[row].double()
-        terms = (u != 0).nonzero()[:, 0]
-        for part in terms.split(256):
-            error = (v[part] / u[part])[:, None] * u - v
+    axes, values = alignment._axes(p, shifted), []
+    for part in anchors.split(64):
+        values.append(alignment._solve_rows(*alignment._terms(p, g, w, axes, torch.full_like(part, m), part), trunc)[1])
+    best, found = torch.cat(values), []
+    for anchor in anchors[best <= best.min() * (1 + 1e-6)]:
+        x, y = (v[0].double() for v in alignment._terms(p, g, w, axes, torch.full_like(anchor, m)[None], anchor[None]))
+        for part in (x != 0).nonzero()[:, 0].split(256):
+            error = (y[part] / x[part])[:, None] * x - y
             value = error.abs().clamp_max(torch.inf if trunc is None else trunc).sum(1)
-            found += [(int(anchors[row]), int(j)) for j in part[value <= best.min() * (1 + 1e-6)]]
+            found += [(int(anchor), int(j)) for j in part[value <= best.min() * (1 + 1e-6)]]
     return [pair for pair in found if pair != chosen]
 
 
