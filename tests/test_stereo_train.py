@@ -1,0 +1,444 @@
+"""stereo/train.py, eval.py and infer.py as a user runs them: real processes, real signals, generated pairs."""
+
+import json
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from runs import ROOT, checkpoint, difference, generated, metrics, run, start
+
+from common.io import write_image
+from stereo import recipe
+from stereo.ema import make_ema, update_ema
+from stereo.formats import read_disparity
+from stereo.model import FoundationStereo
+
+TINY = (
+    "stereo/train.py",
+    "--config",
+    "stereo/configs/tiny.yaml",
+    "--model.max_disp",
+    "32",
+    "--model.hidden_dims",
+    "[16,16,16]",
+    "--train_iters",
+    "2",
+    "--valid_iters",
+    "2",
+    "--data.image_sizes",
+    "[[64,64]]",
+    "--batch_size_forward",
+    "1",
+    "--log_every",
+    "1",
+    "--vis_every",
+    "0",
+    "--data.val_datasets",
+    "[]",
+)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    return generated(tmp_path_factory, "stereo", "--scenes", "4", "--val_scenes", "2", "--size", "96x128")
+
+
+@pytest.fixture
+def tiny(pairs, tmp_path):
+    """Arguments of a small run into tmp_path / name."""
+    return lambda name, *more: (*TINY, "--data.datasets.0.path", pairs / "train", "--workspace", tmp_path / name, *more)
+
+
+STRAIGHT = ("--gradient_accumulation_steps", "2", "--save_every", "2", "--keep_last", "9")
+
+
+@pytest.fixture(scope="session")
+def straight(pairs, tmp_path_factory):
+    """A run of 4 steps of 2 pairs on one process without a stop, saved every 2 steps: what every other run is compared with."""
+    folder = tmp_path_factory.mktemp("straight")
+    run(*TINY, "--data.datasets.0.path", pairs / "train", "--workspace", folder, *STRAIGHT, "--max_steps", "4")
+    return folder
+
+
+def same_end(a, b, step: int = 4) -> None:
+    """Weights, averaged weights, optimizer and logged losses of two runs are bit-identical at a step."""
+    for part in ("", "optimizer", "ema"):
+        assert difference(checkpoint(a, step, part), checkpoint(b, step, part)) == []
+    mine, theirs = metrics(a), metrics(b)
+    for number in range(1, step + 1):
+        keys = [key for key in theirs[number] if key.startswith(("loss/", "train/", "metric/"))]
+        assert len(keys) >= 12 and {key: mine[number][key] for key in keys} == {key: theirs[number][key] for key in keys}
+
+
+def test_stopped_and_resumed_run_is_bit_identical(tiny, tmp_path, straight):
+    args = tiny("resumed", *STRAIGHT)
+    run(*args, "--max_steps", "2")
+    assert "resumed at step 2" in run(*args, "--max_steps", "4", "--workers", "0")
+    same_end(tmp_path / "resumed", straight)
+    names = {path.name for path in (tmp_path / "resumed" / "checkpoint").iterdir()}
+    assert names == {"latest.pt", *(f"0000000{n}{part}.pt" for n in (2, 4) for part in ("", "_optimizer", "_ema"))}
+    last = checkpoint(straight, 4)
+    assert last["model_config"]["max_disp"] == 32 and last["model_config"]["vit_size"] is None
+    averaged, plain = checkpoint(straight, 4, "ema")["model"], last["model"]
+    assert averaged.keys() == plain.keys()
+    stats = [name for name in plain if name.endswith(("running_mean", "running_var"))]
+    assert stats and all(torch.equal(averaged[name], plain[name]) for name in stats)  # buffers are copied, not averaged
+    assert not torch.equal(averaged["spx_gru.0.weight"], plain["spx_gru.0.weight"])
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tiny, tmp_path, straight):
+    args = tiny("stopped", "--gradient_accumulation_steps", "2", "--max_steps", "4", "--save_every", "100", "--keep_last", "9")
+    process = start(*args)
+    path = tmp_path / "stopped" / "metrics.jsonl"
+    while not (path.exists() and path.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0 and "stop signal: saved at step" in output
+    run(*args)
+    same_end(tmp_path / "stopped", straight)
+
+
+def test_two_ranks_train_on_the_samples_of_one_and_back(tiny, tmp_path, straight):
+    """1 a rank x 2 ranks are the 2 micro-batches of one rank: only dropout and the batch norms' statistics differ."""
+    output = run(*tiny("two", "--max_steps", "2"), ranks=2)
+    assert "1 a rank x 1 micro-batches x 2 ranks = 2 pairs a step" in output
+    a, b = metrics(straight)[1], metrics(tmp_path / "two")[1]
+    assert (
+        abs(a["loss/loss"] - b["loss/loss"]) < 0.1 * a["loss/loss"] and a["loss/sequence.n_valid"] == b["loss/sequence.n_valid"]
+    )
+    assert "resumed at step 2" in run(*tiny("two", "--gradient_accumulation_steps", "2", "--max_steps", "3"))
+
+
+def test_users_command_pictures_and_tensorboard(pairs, tmp_path):
+    """The document's flags and configuration on two ranks, and what the run leaves behind."""
+    folder = tmp_path / "v1"
+    output = run(
+        "stereo/train.py",
+        "--config",
+        "stereo/configs/stereo_v1.json",
+        "--workspace",
+        folder,
+        "--checkpoint",
+        "latest",
+        "--batch_size_forward",
+        "1",
+        "--gradient_accumulation_steps",
+        "2",
+        "--enable_gradient_checkpointing",
+        "true",
+        "--enable_mixed_precision",
+        "true",
+        "--enable_ema",
+        "true",
+        "--num_iterations",
+        "2",
+        "--save_every",
+        "2",
+        "--log_every",
+        "1",
+        "--vis_every",
+        "2",
+        "--num_vis_images",
+        "2",
+        "--enable_mlflow",
+        "true",
+        "--seed",
+        "0",
+        "--workers",
+        "1",
+        "--model.vit_size",
+        "null",
+        "--model.max_disp",
+        "32",
+        "--model.hidden_dims",
+        "[16,16,16]",
+        "--train_iters",
+        "2",
+        "--valid_iters",
+        "2",
+        "--data.datasets.0.path",
+        pairs / "train",
+        "--data.image_sizes",
+        "[[64,64],[96,64]]",
+        "--eval_every",
+        "2",
+        "--data.val_datasets",
+        f"[{{name: val, path: {pairs / 'val'}}}]",
+        ranks=2,
+    )
+    for line in (
+        "model.feature_type has no effect",
+        "model.test_mode has no effect",
+        "= 4 pairs a step of 64x64, 96x64",
+        "amp bfloat16",
+        "logging to TensorBoard",
+        "step 2: EPE",
+    ):
+        assert output.count(line) == 1, line
+    row = metrics(folder)[2]
+    assert {
+        "loss/loss",
+        "loss/disparity_l1",
+        "loss/multi_scale",
+        "metric/epe",
+        "metric/D1",
+        "metric/D3",
+        "metric/d1_kitti",
+        "metric/init_epe",
+        "val/epe",
+        "val/val/bp2",
+        "train/lr",
+    } <= row.keys()
+    assert row["metric/D1"] == row["metric/bp3"] and row["metric/D3"] == row["metric/bp1"]
+    assert row["train/lr"] == pytest.approx(1e-4 * 1 / 1000)  # the second update of the warm-up
+    assert (folder / "vis/gt/0000/info.json").exists() and (folder / "vis/gt/0001/mask.png").exists()
+    assert (folder / "vis/step_00000002/0001/pred_disparity_vis.png").exists()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tb")).Reload()
+    assert {"loss/loss", "metric/epe", "time/step", "mem/peak_gb", "val/epe"} <= set(events.Tags()["scalars"])
+    assert "vis/left_right_truth_prediction_error" in events.Tags()["images"]
+
+
+def test_copied_out_folder_trains(tiny, tmp_path):
+    """stereo/ and common/ side by side are enough."""
+    for name in ("stereo", "common"):
+        shutil.copytree(ROOT / name, tmp_path / "elsewhere" / name)
+    run(*tiny("run", "--max_steps", "1"), cwd=tmp_path / "elsewhere", PYTHONPATH="")
+    assert (tmp_path / "run" / "checkpoint" / "00000001.pt").exists()
+
+
+WRONG = [
+    ("--data.datasets.0.path no/such/folder", "no/such/folder"),
+    ("--data.datasets []", "no data set with a weight above 0"),
+    ("--num_iteration 3", "num_iterations"),
+    ("--batch_size_forward many", "batch_size_forward"),
+    ("--data.image_sizes [[100,64]]", "multiples of 32"),
+    ("--data.datasets.0.label_type depth", "label_type 'depth'"),
+    ("--data.image_augmentation [blur]", "unknown augmentation 'blur'"),
+    ("--loss.stereo.sequence.function l7", "function 'l7' must be one of"),
+    ("--lr_scheduler.type Magic", "lr_scheduler.type 'Magic'"),
+    ("--lr_scheduler.params.lr_lambda __import__('os')", "is not allowed"),
+    ("--optimizer.type Magic", "optimizer.type 'Magic'"),
+    ("--optimizer.params.0.params.include [nothing*]", "no trainable parameter matches"),
+    ("--model.max_disp 50", "multiple of 32"),
+    ("--model.vit_size vits", "needs trained weights: give --vit_checkpoint depth_anything_v2_vits.pth"),
+    ("--model.vitsize vits", "did you mean 'vit_size'"),
+    ("--amp fp8", "amp must be"),
+    ("--checkpoint no/such.pt", "no/such.pt"),
+    ("--checkpoint 77", "77"),
+    ("--init no/such.pt", "no/such.pt"),
+    ("--init LEVELS", "checkpoint has corr_levels=2"),
+    ("--init PARTIAL", "missing"),
+]
+
+
+def test_wrong_input_is_named(tiny, tmp_path, straight):
+    """All in one process, which tells what each command line comes to."""
+    whole = checkpoint(straight, 4)["model"]
+    torch.save({"model": {name: value for name, value in whole.items() if "cnet" not in name}}, tmp_path / "partial.pth")
+    cases = []
+    for number, (options, _) in enumerate(WRONG):
+        options = options.replace("LEVELS", f"{straight / 'checkpoint' / '00000004.pt'} --model.corr_levels 4").replace(
+            "PARTIAL", str(tmp_path / "partial.pth")
+        )
+        cases.append([*map(str, tiny(f"bad{number}", "--max_steps", "1", "--workers", "0")[1:]), *options.split()])
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    code = (
+        "import json, sys, torch; torch.set_num_threads(1); sys.path.insert(0, 'stereo'); import train\n"
+        "for number, argv in enumerate(json.load(open(sys.argv[1]))):\n"
+        "    sys.argv = ['train.py', *argv]\n"
+        "    try:\n        train.main(); print(f'CASE {number}: ran')\n"
+        "    except BaseException as error:\n        print(f'CASE {number}: {type(error).__name__} {error}'.replace(chr(10), ' '), flush=True)\n"  # noqa: E501
+        "    sys.stderr.flush()\n"
+    )
+    output = run("-c", code, tmp_path / "cases.json")
+    for number, (options, message) in enumerate(WRONG):
+        lines = (
+            output[: output.index(f"CASE {number}: ")].rsplit("CASE ", 1)[-1]
+            + output[output.index(f"CASE {number}: ") :].split("\n")[0]
+        )
+        assert message in lines and f"CASE {number}: ran" not in lines, f"{options}: {lines}"
+
+
+def test_corrupt_images_are_replaced_counted_and_limited(pairs, tiny, tmp_path):
+    root = tmp_path / "train"
+    shutil.copytree(pairs / "train", root)
+    image = root / "right" / "rgb" / "0002.jpg"
+    image.write_bytes(image.read_bytes()[:100])
+    output = run(*tiny("run"), "--data.datasets.0.path", root, "--max_steps", "5", "--max_bad_fraction", "1.0")
+    assert output.count("bad sample replaced") == 1 and str(image) in output
+    assert metrics(tmp_path / "run")[5]["train/bad_samples"] >= 1
+    for picture in (root / "left" / "rgb").iterdir():
+        picture.write_bytes(b"")
+    assert "attempts failed" in run(*tiny("none"), "--data.datasets.0.path", root, "--max_steps", "1", code=None)
+
+
+# ------------------------------------------------------------------------------------------------------------ parts of it
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)
+        self.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+        self.temperature = torch.nn.Parameter(torch.ones(2, 1, 1))
+
+
+def test_averages_follow_the_weights_and_skip_bad_steps():
+    model = Net()
+    ema = make_ema(model)
+    assert ema.frozen.weight is model.frozen.weight and not ema.training
+    before = ema.conv.weight.clone()
+    with torch.no_grad():
+        model.conv.weight += 1
+        model.norm.running_mean += 2
+    update_ema(ema, model, 0.9, skip=torch.tensor(1.0))
+    assert torch.equal(ema.conv.weight, before)
+    update_ema(ema, model, 0.9, skip=torch.tensor(0.0))
+    assert torch.allclose(ema.conv.weight, before + 0.1) and torch.equal(ema.norm.running_mean, model.norm.running_mean)
+
+
+def test_parameter_groups_first_match_wins_and_none_is_left_out():
+    section = {
+        "no_decay_1d": True,
+        "params": [
+            {"params": {"include": ["*conv*"], "exclude": ["*bias"]}, "lr": 1e-3, "weight_decay": 0.1},
+            {"params": {"include": ["*"]}, "lr": 1e-4, "weight_decay": 0.1},
+        ],
+    }
+    model = Net()
+    groups = recipe.parameter_groups(model, section)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert [[names[id(p)] for p in group["params"]] for group in groups] == [
+        ["conv.weight"],
+        ["temperature", "conv.bias", "norm.weight", "norm.bias"],
+    ]
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-3, 0.1), (1e-4, 0.0)]
+    with pytest.raises(ValueError, match=r"are in no group: .*norm\.weight"):
+        recipe.parameter_groups(model, {"params": section["params"][:1]})
+
+
+def test_learning_rates_of_the_configs():
+    v1 = json.loads(
+        "\n".join(
+            line.split("//")[0].split("  #")[0] for line in (ROOT / "stereo/configs/stereo_v1.json").read_text().splitlines()
+        )
+    )
+    factor = lambda step, **more: recipe.lr_factor(v1["lr_scheduler"] | more, step, 1e-4)
+    assert [factor(s) for s in (0, 500, 1000, 21000, 200000)] == pytest.approx([0, 0.5, 1, 0.5, 0.1])
+    restart = {"type": "SequentialLR", "params": v1["lr_scheduler"]["params"] | {"sequential_restart": True}}
+    assert recipe.lr_factor(restart, 1000, 1e-4) == pytest.approx(0.5 ** (-1000 / 20000))  # as torch counts
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    for kind, params in (
+        ("StepLR", {"step_size": 3, "gamma": 0.5}),
+        ("MultiStepLR", {"milestones": [2, 5]}),
+        ("ExponentialLR", {"gamma": 0.9}),
+        ("CosineAnnealingLR", {"T_max": 9, "eta_min": 0.03}),
+        (
+            "OneCycleLR",
+            {"max_lr": 0.3, "total_steps": 12, "anneal_strategy": "linear", "pct_start": 0.3, "cycle_momentum": False},
+        ),
+    ):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"] = 0.3
+        theirs = getattr(torch.optim.lr_scheduler, kind)(optimizer, **params)
+        own = {name: value for name, value in params.items() if name != "cycle_momentum"}
+        for step in range(9):
+            assert 0.3 * recipe.lr_factor({"type": kind, "params": own}, step, 0.3) == pytest.approx(
+                optimizer.param_groups[0]["lr"], rel=1e-6
+            ), (kind, step)
+            optimizer.step()
+            theirs.step()
+
+
+def test_losses_of_label_types_count_by_their_share():
+    g = torch.Generator().manual_seed(0)
+    out = {
+        "init": torch.rand(2, 1, 8, 16, generator=g).requires_grad_(),
+        "preds": [torch.rand(2, 1, 32, 64, generator=g).requires_grad_() for _ in range(2)],
+    }
+    truth, mask, label = torch.rand(2, 32, 64, generator=g) + 1, torch.ones(2, 32, 64, dtype=torch.bool), torch.tensor([0, 1])
+    l1 = {"l1": {"function": "disparity_l1_loss", "weight": 2.0}}
+    loss, logs = recipe.total_loss(out, truth, mask, label, {"stereo": l1, "invalid": {}}, 64)
+    want = (out["preds"][1][0, 0] - truth[0]).abs().mean()
+    assert torch.allclose(loss, 2.0 * 0.5 * want) and torch.allclose(logs["l1"], want)
+    loss.backward()
+    assert (
+        out["preds"][1].grad[1].abs().max() == 0 and out["init"].grad is not None
+    )  # a graph to every output, whatever is scored
+    nothing, _ = recipe.total_loss(out, truth, mask, torch.tensor([1, 1]), {"stereo": l1, "invalid": {}}, 64)
+    assert nothing == 0 and nothing.requires_grad
+    sequence = {
+        "stereo": {
+            "s": {"function": "foundation_stereo_loss"},
+            "m": {"function": "multi_scale_loss", "params": {"weights": [0.5, 0.7, 1]}},
+            "i": {"function": "multi_scale_loss", "params": {"weights": [0.5, 1]}},
+            "g": {"function": "gradient_loss"},
+        }
+    }
+    assert recipe.needs_all(sequence) and not recipe.needs_all({"stereo": l1}) and recipe.check_loss(sequence, 2) is None
+    total, logs = recipe.total_loss(out, truth, mask, torch.tensor([0, 0]), sequence, 64)
+    assert torch.allclose(total, logs["s"] + logs["m"] + logs["i"] + logs["g"], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"loss.stereo.i: 2 weights; give 3 .* or 12"):
+        recipe.check_loss(sequence, 12)
+
+
+def test_gradient_checkpointing_changes_nothing_but_the_memory():
+    """Loss and gradients are equal, and fewer bytes wait for the backward pass."""
+    kept, gradients = [], []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = FoundationStereo(vit_size=None, max_disp=32, hidden_dims=(16,) * 3, n_gru_layers=2, checkpointing=on).train()
+        left, total = 255 * torch.rand(1, 3, 64, 64), {}
+
+        def pack(t, total=total):
+            total[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = model(left, left.roll(-3, -1), iters=2)
+        loss, _ = recipe.total_loss(
+            out,
+            torch.full((1, 64, 64), 3.0),
+            torch.ones(1, 64, 64, dtype=torch.bool),
+            torch.zeros(1),
+            {"stereo": {"s": {"function": "foundation_stereo_loss"}}},
+            32,
+        )
+        loss.backward()
+        kept.append(sum(total.values()))
+        gradients.append(
+            (loss.detach(), model.cost_agg.conv1[0].conv.weight.grad if hasattr(model.cost_agg.conv1[0], "conv") else None)
+        )
+    assert torch.allclose(gradients[0][0], gradients[1][0], rtol=1e-5)
+    assert gradients[0][1] is None or torch.allclose(gradients[0][1], gradients[1][1], rtol=1e-3, atol=1e-6)
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_infer_refuses_what_it_cannot_use(pairs, tmp_path, straight):
+    weights = straight / "checkpoint" / "00000004.pt"
+    write_image(tmp_path / "small.png", np.zeros((50, 60, 3), np.uint8))
+    left = pairs / "val/left/rgb/0000.jpg"
+    common = ("--checkpoint", weights, "--left", left, "--out", tmp_path / "out", "--iters", "1")
+    output = run("stereo/infer.py", *common, "--right", tmp_path / "small.png", code=None)
+    assert "128x96 and 60x50, but the views of a rectified pair have one size" in output and "Traceback" not in output
+    (tmp_path / "K.txt").write_text("nonsense")
+    output = run(
+        "stereo/infer.py", *common, "--right", pairs / "val/right/rgb/0000.jpg", "--intrinsics", tmp_path / "K.txt", code=None
+    )
+    assert "K.txt: not a calibration" in output and "Traceback" not in output
+
+
+def test_sizes_that_are_no_multiple_of_32_are_padded(straight, pairs):
+    from stereo.eval import load_model, predictor
+
+    run_model = predictor(load_model(straight / "checkpoint" / "00000004.pt", torch.device("cpu")), torch.device("cpu"), 1)
+    rng = np.random.default_rng(0)
+    left, right = rng.integers(0, 256, (2, 45, 71, 3), dtype=np.uint8)
+    assert run_model(left, right).shape == (45, 71) and np.isfinite(run_model(left, right)).all()
+    assert read_disparity(pairs / "val/left/disparity/0000.png", "fsd").max() > 0
