@@ -1,0 +1,245 @@
+"""Evaluate Pi3 on sequences with known poses and depth.
+
+  python pi3/eval.py --ckpt model.safetensors --kind folder --data my_sequences
+  torchrun --nproc_per_node 4 pi3/eval.py --ckpt outputs/pi3_conf --kind scannet --data data/scannet --metrics pose trajectory
+
+pose: 10 random views of a sequence; share of the view pairs whose relative rotation (RRA) and direction of translation (RTA) are
+  right within 5, 15, 30 degrees, and the area under that curve for the larger of the two errors (AUC), in per cent.
+trajectory, points, depth: every --stride-th frame of a sequence in one pass. ATE and RPE after a similarity alignment; accuracy,
+  completeness and normal consistency after similarity and ICP; depth errors after one alignment per sequence.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from common import data, dist
+from pi3 import metrics
+from pi3.augment import inference_size
+from pi3.dataset import CO3D, Mixture, RGBDFolder, ScanNet, TartanAir, sequence_name, unpack
+from pi3.geometry import inverse_se3, transform, unproject, valid_depth
+from pi3.loss import has_normals, pi3_loss
+from pi3.model import PATCH, Pi3
+from pi3.weights import load_model
+
+THRESHOLDS = (5, 15, 30)
+METRICS = ("pose", "trajectory", "points", "depth")
+ALIGNMENTS = ("l1_scale", "l1_scale_shift", "median", "lstsq", "metric")
+
+
+@torch.no_grad()
+def predict(model: Pi3, imgs: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The network's output for imgs (B, N, 3, H, W) in [0, 1] under autocast to `dtype`; all of it float32."""
+    with torch.autocast(imgs.device.type, dtype, enabled=dtype is not None):
+        return model(imgs)
+
+
+def point_error(points: Tensor, target: Tensor, mask: Tensor, most: int = 20_000) -> float:
+    """Mean distance of points (N, H, W, 3) to their true places after a similarity alignment, in units of the points' spread.
+
+    The spread is the mean distance of the true points from their centre: guessing one place for all gives 1. At most `most` evenly
+    spaced points count. nan with fewer than three of them.
+    """
+    p, t = (v[mask].double().cpu().numpy() for v in (points, target))
+    if len(p) < 3:
+        return float("nan")
+    chosen = np.linspace(0, len(p) - 1, min(most, len(p))).astype(int)
+    p, t = p[chosen], t[chosen]
+    c, R, shift = metrics.umeyama(p, t)
+    return float(np.linalg.norm(c * p @ R.T + shift - t, axis=1).mean() / np.linalg.norm(t - t.mean(0), axis=1).mean())
+
+
+def sample_scores(pred: dict[str, Tensor], truth: dict[str, Tensor]) -> dict:
+    """Pair errors and point error of a batch of one: {"rotation": list of degrees, "translation": list, "point_error": float}."""
+    views = [inverse_se3(p[0].double()).cpu().numpy() for p in (pred["camera_poses"], truth["poses"])]
+    rotation, translation = metrics.relative_pose_errors(*views)
+    world = transform(truth["poses"], truth["local_points"])[0]
+    error = point_error(pred["points"][0], world, truth["mask"][0])
+    return {"rotation": rotation.tolist(), "translation": translation.tolist(), "point_error": error}
+
+
+def validate_samples(
+    model: Pi3, source: Mixture, count: int, views: int, size: tuple[int, int], batch: int, device: torch.device,
+    dtype: torch.dtype | None = None, workers: int = 0, max_batches: int | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Mean losses, point_error and pooled pose accuracy over `count` fixed samples of `source`, shared out over the ranks.
+
+    Each sample counts once and by itself, so the result depends neither on the batch size nor on the number of ranks.
+    """
+    rank, world = dist.rank(), dist.world_size()
+    mine = list(range(rank, count, world))
+    rounds = -(-count // (world * batch))  # the same on all ranks: a model that is split among them needs all in every pass
+    rounds = min(rounds, max_batches or rounds)
+    parts = [mine[i * batch : (i + 1) * batch] or [0] for i in range(rounds)]  # [0]: a rank that has run out goes along, unscored
+    scored = [bool(mine[i * batch : (i + 1) * batch]) for i in range(rounds)]
+    keys = ([(k, views, *size) for k in part] for part in parts)
+    rows, sums = [], {}
+    for number, loaded in enumerate(data.loader(data.Guarded(source.read), keys, workers)):
+        dist.at(number, "validate")
+        truth, normals = unpack(loaded, device), has_normals(loaded["dataset"]).to(device)
+        pred = predict(model, truth["imgs"], dtype)
+        for i in range(len(normals) if scored[number] else 0):
+            one = slice(i, i + 1)
+            p = {key: None if value is None else value[one] for key, value in pred.items()}
+            t = {key: value[one] for key, value in truth.items()}
+            terms = pi3_loss(p, t["local_points"], t["poses"], t["mask"], normals[one])
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value
+            rows.append(sample_scores(p, t))
+    rows = [row for part in dist.gather(rows) for row in part]
+    sums = [part for part in dist.gather({name: float(value) for name, value in sums.items()}) if part]
+    rotation, translation = (np.concatenate([row[key] for row in rows]) for key in ("rotation", "translation"))
+    losses = {name: sum(part[name] for part in sums) / len(rows) for name in sums[0]}
+    points = float(np.nanmean([row["point_error"] for row in rows]))
+    return losses | metrics.pose_accuracy(rotation, translation, THRESHOLDS) | {"point_error": points, "samples": len(rows)}
+
+
+# whole sequences
+
+
+def read_view(reader, item: int, number, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A frame resized as a whole to (width, height): image (3, H, W) in [0, 1], depth (H, W), K (3, 3), pose (4, 4), float32."""
+    frame = reader.frame(item, number)
+    H, W = frame.depth.shape
+    image = np.array(Image.fromarray(frame.image).resize(size, Image.Resampling.LANCZOS))
+    rows, columns = ((np.arange(n) * m // n) for n, m in zip(size[::-1], (H, W)))  # nearest
+    depth = reader.decode_depth(np.asarray(frame.depth)[rows[:, None], columns]).astype(np.float32)
+    scale = np.array([size[0] / W, size[1] / H])[:, None]
+    K = np.array(frame.K, np.float64)
+    K[:2] = K[:2] * scale
+    K[:2, 2:] += (scale - 1) / 2  # pixel centres lie at whole numbers
+    depth = np.where(np.isfinite(depth), depth, 0)
+    image = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    return image, torch.from_numpy(depth), torch.from_numpy(K.astype(np.float32)), torch.from_numpy(frame.pose.astype(np.float32))
+
+
+def read_views(reader, item: int, numbers: list, width: int) -> dict[str, Tensor]:
+    """Frames of a sequence as a batch of one, as `unpack` gives it, and their depth (1, N, H, W), `width` pixels wide (0: see --width)."""
+    H, W = reader.frame(item, numbers[0]).depth.shape
+    rounded = lambda pixels: max(1, round(pixels / PATCH)) * PATCH
+    size = (rounded(width), rounded(H * width / W)) if width else inference_size((W, H))
+    imgs, depth, K, poses = (torch.stack(values)[None] for values in zip(*(read_view(reader, item, n, size) for n in numbers)))
+    local_points = unproject(depth, K)
+    mask = valid_depth(depth, transform(poses, local_points), torch.tensor([reader.z_far]))
+    return {"imgs": imgs, "local_points": local_points, "poses": poses, "mask": mask, "depth": depth}
+
+
+def evaluate_sequence(model: Pi3, reader, item: int, numbers: list, args, device, dtype) -> dict[str, float]:
+    """Trajectory, point and depth scores of the frames `numbers` of a sequence, seen in one pass. What cannot be scored is left out."""
+    truth = read_views(reader, item, numbers, args.width)
+    pred = {k: v[0].cpu() for k, v in predict(model, truth["imgs"].to(device), dtype).items() if v is not None}
+    mask, world, row = truth["mask"][0], transform(truth["poses"], truth["local_points"])[0], {}
+
+    def points() -> dict[str, float]:
+        p, t = pred["points"][mask].numpy(), world[mask].numpy()
+        chosen = np.linspace(0, len(t) - 1, min(len(t), args.max_points or len(t))).astype(int)
+        errors = metrics.evaluate_reconstruction(p[chosen], t[chosen], args.max_distance)
+        return errors | {"point_error": point_error(pred["points"], world, mask)}
+
+    depth = torch.where(mask, truth["depth"][0], 0.0)
+    for name, score in (
+        ("trajectory", lambda: metrics.trajectory_errors(pred["camera_poses"].numpy(), truth["poses"][0].numpy())),
+        ("points", points),
+        ("depth", lambda: metrics.depth_errors(pred["local_points"][..., 2], depth, args.align, args.max_depth)),
+    ):
+        try:
+            row |= score() if name in args.metrics else {}
+        except ValueError as error:  # fewer than three frames, or a camera that stands still
+            print(f"{sequence_name(reader, item)}: {name} left out: {error}", flush=True)
+    return row
+
+
+def make_reader(kind: str, root: str, split: str = "test", depth_scale: float = 1000.0):
+    """The reader of a data set's layout."""
+    if kind == "folder":
+        return RGBDFolder(root, depth_scale)
+    if kind == "scannet":
+        return ScanNet(root, split)
+    return CO3D(root, split, mask_bg=False) if kind == "co3d" else TartanAir(root)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="weights: a run's folder, a file of ours, model.safetensors of Pi3 or Pi3X")
+    parser.add_argument("--data", required=True, help="root folder of the data set")
+    parser.add_argument("--kind", default="folder", choices=["tartanair", "scannet", "co3d", "folder"], help="its layout")
+    parser.add_argument("--split", default="test", choices=["train", "test"], help="of scannet and co3d")
+    parser.add_argument("--metrics", nargs="+", default=METRICS, choices=METRICS, help="default: all")
+    parser.add_argument("--views", type=int, default=10, help="pose: random views of a sequence, or all where it has fewer")
+    parser.add_argument("--stride", type=int, default=1, help="the other metrics: every so many frames")
+    parser.add_argument("--max_frames", type=int, default=200, help="the other metrics: at most the first so many of those")
+    parser.add_argument("--width", type=int, default=518, help="images are resized to this width; 0: to at most 255,000 pixels")
+    parser.add_argument("--max_distance", type=float, default=0.1, help="points: ICP matches within this, in the data's units")
+    parser.add_argument("--max_points", type=int, help="points: at most so many, evenly spaced; default all")
+    parser.add_argument("--align", default="l1_scale_shift", choices=ALIGNMENTS, help="depth: how it is brought to the truth's scale")
+    parser.add_argument("--max_depth", type=float, help="depth: truth beyond does not count")
+    parser.add_argument("--depth_scale", type=float, default=1000.0, help="folder: units of the 16-bit depth per metre")
+    parser.add_argument("--limit", type=int, help="only the first so many sequences")
+    parser.add_argument("--amp", default="on", choices=["off", "on", "bf16", "fp16"], help="on a GPU only")
+    parser.add_argument("--out", help="CSV file with one row per sequence")
+    args = parser.parse_args()
+
+    device = dist.init()
+    dtype = dist.autocast_dtype(args.amp, device) if device.type == "cuda" else None
+    reader = make_reader(args.kind, args.data, args.split, args.depth_scale)
+    model = load_model(args.ckpt, device)
+    rng, count = np.random.default_rng(42), min(len(reader), args.limit or len(reader))
+    drawn = [rng.permutation(len(reader.numbers(item))) for item in range(count)]  # the same on all ranks
+    rows = []
+    for item in tqdm(range(dist.rank(), count, dist.world_size()), desc="sequences", disable=None if dist.is_main() else True):
+        dist.at(item, f"evaluate {sequence_name(reader, item)}")
+        numbers, row = reader.numbers(item), {"sequence": sequence_name(reader, item)}
+        if "pose" in args.metrics:
+            truth = read_views(reader, item, [numbers[i] for i in drawn[item][: args.views]], args.width)
+            pred = predict(model, truth["imgs"].to(device), dtype)
+            row |= sample_scores({k: v.cpu() for k, v in pred.items() if v is not None}, truth)
+        if {"trajectory", "points", "depth"} & set(args.metrics):
+            chosen = numbers[:: args.stride][: args.max_frames]
+            row |= evaluate_sequence(model, reader, item, chosen, args, device, dtype) | {"frames": len(chosen)}
+        rows.append(row)
+    rows = [row for part in dist.gather(rows) for row in part]
+    if dist.is_main():
+        report(rows, args.out)
+    dist.shutdown()
+
+
+def report(rows: list[dict], out: str | None) -> None:
+    """Print pooled pose accuracy and the means over the sequences (depth: over pixels); write one row per sequence to `out`."""
+    print(f"{len(rows)} sequences")
+    if "rotation" in rows[0]:
+        pairs = [np.concatenate([row[key] for row in rows]) for key in ("rotation", "translation")]
+        pooled = metrics.pose_accuracy(*pairs, THRESHOLDS)
+        print("pose        " + "  ".join(f"{name.upper()} {value:.2f}" for name, value in pooled.items()))
+        for row in rows:
+            errors = [np.array(row.pop(key)) for key in ("rotation", "translation")]
+            row |= metrics.pose_accuracy(*errors, THRESHOLDS)
+    for title, names in (
+        ("trajectory", ("ate", "rpe_trans", "rpe_rot_deg")),
+        ("points", ("acc", "acc_med", "comp", "comp_med", "nc", "nc_med", "point_error")),
+    ):
+        if scored := [row for row in rows if names[0] in row]:
+            print(f"{title:12}" + "  ".join(f"{name} {np.mean([row[name] for row in scored]):.4f}" for name in names))
+    names = ("abs_rel", "sq_rel", "rmse", "log_rmse", "delta1", "delta2", "delta3", "valid_pixels")
+    if scored := [{name: row[name] for name in names} for row in rows if "abs_rel" in row]:
+        pooled = metrics.pool_depth_errors(scored)
+        print("depth       " + "  ".join(f"{name} {pooled[name]:.4f}" for name in names[:-1]))
+    if out:
+        with open(out, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"per sequence: {out}")
+
+
+if __name__ == "__main__":
+    main()

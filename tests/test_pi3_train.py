@@ -1,0 +1,263 @@
+"""pi3/train.py, eval.py, infer.py and dataset.py as a user runs them: real processes, real signals, generated sequences."""
+
+import os
+import runpy
+import shutil
+import signal
+import sys
+import time
+from unittest import mock
+
+import golden
+import numpy as np
+import pytest
+import torch
+from runs import ROOT, checkpoint, difference, generated, metrics, run, start
+
+from common import dist
+from common.io import read_image
+
+
+
+def run_here(script: str, *words) -> None:
+    """Run a script of the repository in this process, as `python script words`: saves the seconds that imports take."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    path, tf32 = sys.path[0], (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    sys.path.insert(0, "")  # the scripts replace the first entry
+    try:
+        with mock.patch.object(sys, "argv", [script, *map(str, words)]):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        if stop.code not in (None, 0):
+            raise
+    finally:
+        dist.shutdown()  # ends the watch on progress
+        sys.path.remove(str(ROOT)) if sys.path[0] != path else None
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+NET = ("model.enc_dim=48", "model.enc_depth=1", "model.enc_heads=3", "model.dec_dim=48", "model.dec_depth=2", "model.dec_heads=3",
+       "model.head_dim=48", "model.head_depth=1", "model.head_heads=3", "model.point_out=32", "model.camera_dim=32",
+       "model.pos_img_size=28")  # fmt: skip
+SMALL = (*NET, "train.max_img_per_gpu=6", "test_dataset.samples.tartanair=2", "test_dataset.image_num=2",
+         "log_every=1", "workers=1", "vis_every=1000", "validate_every=1000")  # fmt: skip
+QUIET = ("test_dataset.samples.tartanair=0",)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    return generated(tmp_path_factory, "pi3", "--scenes", "2", "--val_scenes", "1", "--frames", "3")
+
+
+@pytest.fixture(scope="session")
+def make(scenes):
+    """Arguments of a small run into a folder."""
+
+    def args(folder, *more, config: str = "tiny"):
+        data = (f"data.tartanair.root={scenes}", f"data.tartanair.test_root={scenes / 'val'}")
+        data += ("train.resolution=[56,42]",) if config in ("tiny", "train_pi3_lowres") else ()
+        return ("pi3/train.py", "--config", f"pi3/configs/{config}.yaml", *SMALL, *data, f"workspace={folder}", *more)
+
+    return args
+
+
+TWO = ("train.gradient_accumulation_steps=2", "save_every=2", "keep_last=9", *QUIET)
+
+
+@pytest.fixture(scope="session")
+def straight(make, tmp_path_factory):
+    """A run of 4 steps of two micro-batches on one process without a stop: what every other run is compared with."""
+    folder = tmp_path_factory.mktemp("straight")
+    run(*make(folder, *TWO, "max_steps=4"))
+    return folder
+
+
+def same_end(a, b, step: int = 4) -> None:
+    """Weights, optimizer and logged losses of two runs are bit-identical at a step."""
+    for part in ("", "optimizer"):
+        assert difference(checkpoint(a, step, part), checkpoint(b, step, part)) == []
+    mine, theirs = metrics(a), metrics(b)
+    for number in range(1, step + 1):
+        keys = [key for key in theirs[number] if key.startswith(("loss/", "train/"))]
+        assert len(keys) >= 10 and {key: mine[number][key] for key in keys} == {key: theirs[number][key] for key in keys}
+
+
+def test_stopped_and_resumed_run_is_bit_identical(make, tmp_path, straight):
+    """Stopped by SIGTERM once, by max_steps once, with another number of workers."""
+    args = make(tmp_path, *TWO)
+    process = start(*args, "max_steps=4")
+    path = tmp_path / "metrics.jsonl"
+    while not (path.exists() and path.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stop signal: saved at step" in output
+    output = run(*args, "max_steps=4", "workers=0")
+    assert "resumed at step" in output
+    same_end(tmp_path, straight)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_see_the_samples_of_one_and_give_its_losses(make, tmp_path, straight, parallel):
+    """Two ranks of one micro-batch equal one rank of two, split or not; the checkpoint goes on in either form, on any number of ranks."""
+    args = make(tmp_path, "save_every=2", "keep_last=9", *QUIET, f"parallel={parallel}")
+    output = run(*args, "max_steps=4", ranks=2)
+    assert f"{parallel}, amp" in output and "x 2 ranks = 12 images a step" in output
+    a, b = metrics(tmp_path), metrics(straight)
+    for step in range(1, 5):
+        for key in ("loss/loss", "loss/local_pts_loss", "loss/trans_loss", "loss/rot_loss", "train/grad_norm"):
+            assert a[step][key] == pytest.approx(b[step][key], rel=2e-4, abs=1e-6), (step, key)
+    ours, theirs = checkpoint(tmp_path, 4)["model"], checkpoint(straight, 4)["model"]
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in theirs) and ours.keys() == theirs.keys()
+    moments = [checkpoint(folder, 4, "optimizer")["optimizer"]["state"] for folder in (tmp_path, straight)]
+    assert all(torch.allclose(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"], atol=1e-3) for i in moments[1])
+    if parallel == "fsdp":  # stopped and resumed, split: as without a stop
+        shutil.copytree(tmp_path, tmp_path / "again")
+        for file in (tmp_path / "again" / "checkpoint").glob("00000004*"):
+            file.unlink()
+        output = run(*args, "max_steps=4", f"workspace={tmp_path / 'again'}", "checkpoint=2", ranks=2)
+        assert "resumed at step 2" in output
+        same_end(tmp_path / "again", tmp_path)
+    # and back on one process
+    assert "resumed at step 4" in run(*args, *TWO[:1], "parallel=ddp", "max_steps=5")
+
+
+def test_three_stages_in_sequence(make, tmp_path):
+    """lowres, highres, conf by the users' commands, small, each from the one before; the sky model from its official file name."""
+    stage = lambda name: (f"name=pi3_{name}", "model.load_vggt=false", "train_dataset.weights={tartanair: 1, scannet: 0, co3d: 0}",
+                          "test_dataset.samples={tartanair: 2, scannet: 0, co3d: 0}", "train.iters_per_epoch=2", "train.num_epoch=1",
+                          "amp=off")  # fmt: skip
+    run_of = lambda name, *more: make(tmp_path / name, *stage(name), *more, config=f"train_pi3_{name}")
+    low = run(*run_of("lowres"), ranks=2)
+    assert "1 sizes 56x42..56x42; steps 0..2 of 2" in low and "auc@30" in low
+    sizes = ("train.pixel_count_range=[1500,3200]", "test_dataset.resolution=[56,42]")
+    assert "WARNING: a stage with varying sizes" in run(*run_of("highres", *sizes, "model.load_vggt=true"), code=None)
+    high = run(*run_of("highres", *sizes, f"model.ckpt={tmp_path / 'lowres'}", "model.num_dec_blk_to_checkpoint=1"), ranks=2)
+    assert "tensors loaded" in high and "sizes 28x56" in high and "checkpointing decoder blocks 1..1" in high
+    pixels = {row["train/pixels"] for row in metrics(tmp_path / "highres").values() if "train/pixels" in row}
+    assert all(1500 <= p <= 3200 for p in pixels)
+
+    conf = run_of("conf", *sizes, f"sky.ckpt={tmp_path / 'ckpts' / 'segformer.b0.512x512.ade.160k.pth'}")
+    message = run(*conf, f"model.ckpt={tmp_path / 'highres'}", code=None)
+    assert "segformer.b0.512x512.ade.160k.pth" in message and "github.com/NVlabs/SegFormer" in message
+    from pi3.segformer import SegFormer
+
+    shapes = {name: list(t.shape) for name, t in SegFormer().state_dict().items() if t.is_floating_point()}
+    (tmp_path / "ckpts").mkdir()
+    torch.save({"meta": {}, "state_dict": golden.filled(shapes)}, tmp_path / "ckpts" / "segformer.b0.512x512.ade.160k.pth")
+    assert "give model.ckpt=PATH of the highres run" in run(*conf, "model.ckpt=null", code=None)
+    output = run(*conf, f"model.ckpt={tmp_path / 'highres' / 'checkpoint' / '00000002.pt'}", "model.conf_init=point_decoder", ranks=2)
+    assert "of the confidence branch start fresh" in output and "copy of the point transformer" in output
+    before, after = checkpoint(tmp_path / "highres", 2)["model"], checkpoint(tmp_path / "conf", 2)["model"]
+    assert all(torch.equal(after[name], before[name]) for name in before) and len(after) > len(before)
+    assert not torch.equal(after["conf_decoder.linear_out.weight"], before["point_decoder.linear_out.weight"])
+    assert metrics(tmp_path / "conf")[2]["loss/local_conf_loss"] > 0
+
+
+def test_users_keys_validation_pictures_tensorboard_and_inference(make, scenes, tmp_path):
+    """The memory knobs and upstream names; best weights; the event file read back; eval.py and infer.py on the result; permuted inputs."""
+    folder = tmp_path / "run"
+    output = run(*make(folder, "train.max_img_per_gpu=4", "train.image_num_range=[2,9]", "model.num_dec_blk_not_to_checkpoint=0",
+                       "train.num_workers=1", "log.max_checkpoints=1", "max_steps=3", "validate_every=1",
+                       "save_every=1", "vis_every=2", "amp=bf16"))  # fmt: skip
+    assert "4 images at most a rank x 1 micro-batches x 1 ranks = 4 images a step, in samples of 2..4 views" in output
+    assert "checkpointing decoder blocks 0..1" in output and "amp bfloat16" in output and output.count("auc@30") == 3
+    assert not (folder / "checkpoint" / "00000001.pt").exists()
+    assert torch.load(folder / "checkpoint" / "best.pt", weights_only=True)["step"] in (1, 2, 3)
+    assert read_image(folder / "vis" / "step_00000002" / "train_image_truth_depth.png").any()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tb")).Reload()
+    assert {"loss/loss", "loss/normal_loss", "train/lr", "train/grad_norm", "time/data", "time/step", "mem/peak_gb", "val/auc@30",
+            "val/point_error", "val/loss"} <= set(events.Tags()["scalars"])  # fmt: skip
+    assert "train/image_truth_depth" in events.Tags()["images"] and [e.step for e in events.Scalars("loss/loss")] == [1, 2, 3]
+    assert (folder / "config.yaml").exists() and "images a step" in (folder / "log.txt").read_text()
+
+    images = scenes / "scene000" / "scene000" / "Easy" / "P000" / "image_left"
+    output = run("pi3/infer.py", "--ckpt", folder, "--data_path", images, "--save_path", tmp_path / "out", "--pixel_limit", "3000",
+                 "--edge", "none", "--chunk", "2", "--overlap", "1")  # fmt: skip
+    assert "3 images of 70x42" in output
+    stored = np.load(tmp_path / "out" / "cameras.npz")
+    assert stored["camera_to_world"].shape == (3, 4, 4) and stored["intrinsics"].shape == (3, 3, 3) and stored["keep"].any()
+    R = stored["camera_to_world"][:, :3, :3]
+    assert np.abs(R @ R.transpose(0, 2, 1) - np.eye(3)).max() < 1e-4
+    head = (tmp_path / "out" / "points.ply").read_bytes()[:200].split(b"end_header")[0].decode()
+    assert f"element vertex {stored['keep'].sum()}" in head and "property uchar red" in head
+    assert len(list((tmp_path / "out" / "depth").iterdir())) == 3 and (read_image(tmp_path / "out" / "cameras.png") < 255).any()
+    output = run("pi3/eval.py", "--ckpt", folder / "checkpoint" / "best.pt", "--kind", "tartanair", "--data", scenes, "--width", "56",
+                 "--out", tmp_path / "rows.csv", "--max_points", "2000", ranks=2)  # fmt: skip
+    assert "2 sequences" in output and "AUC@30" in output and "ate" in output and "abs_rel" in output and "nc" in output
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 3
+
+    from pi3.weights import load_model
+
+    model, order = load_model(folder, torch.device("cpu")), torch.tensor([2, 0, 1])
+    imgs = torch.rand(1, 3, 3, 42, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out, turned = model(imgs), model(imgs[:, order])
+    for name in ("local_points", "camera_poses", "points"):
+        assert (turned[name] - out[name][:, order]).abs().max() < 1e-4 * out[name].abs().max(), name
+
+
+def test_copied_out_folder_trains_and_a_broken_image_is_replaced(make, scenes, tmp_path):
+    """pi3/ and common/ side by side are enough; a corrupt frame is named once, counted, and the limit ends the run."""
+    for name in ("pi3", "common"):
+        shutil.copytree(ROOT / name, tmp_path / "elsewhere" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    root = tmp_path / "data"
+    shutil.copytree(scenes, root)
+    frame = root / "scene001" / "scene001" / "Easy" / "P000" / "image_left" / "000001_left.png"
+    frame.write_bytes(frame.read_bytes()[:100])
+    args = make(tmp_path / "run", f"data.tartanair.root={root}", *QUIET, "max_bad_fraction=1.0", "max_steps=4")
+    output = run(*args, cwd=tmp_path / "elsewhere", PYTHONPATH="")
+    assert output.count("bad sample replaced") == 1 and str(frame) in output
+    assert metrics(tmp_path / "run")[4]["train/bad_samples"] >= 1
+    output = run("pi3/dataset.py", "--check", root, "--out", tmp_path / "check.png", code=1)
+    assert str(frame) in output and "1 problems" in output and read_image(tmp_path / "check.png").shape[1] > 600
+
+
+def test_damaged_checkpoint_falls_back(straight, make, tmp_path):
+    shutil.copytree(straight, tmp_path / "cut")
+    newest = tmp_path / "cut" / "checkpoint" / "00000004.pt"
+    os.truncate(newest, newest.stat().st_size // 2)
+    output = run(*make(tmp_path / "cut", *TWO, "max_steps=4"))
+    assert "00000004.pt is damaged" in output and "resumed at step 2" in output
+    same_end(tmp_path / "cut", straight)
+
+
+def wrong(tmp_path, **changes):
+    """The message of train.py, run in this process: what a user reads last."""
+    settings = {"workspace": tmp_path / "bad", "workers": 0} | changes
+    words = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    with pytest.raises((Exception, SystemExit)) as caught:
+        run_here("pi3/train.py", "--config", "pi3/configs/tiny.yaml", *NET, *words)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data__tartanair__root": "no/such"}, "no/such: no TartanAir sequence"),
+        ({"train_dataset__weights__scannet": 1}, "data.scannet.root is not set"),
+        ({"test_dataset__samples__co3d": 1}, "set test_dataset.samples.co3d=0"),
+        ({"parallel": "dp"}, "parallel 'dp': expected ddp or fsdp"),
+        ({"model__ckpt": "no/such.pt"}, "weights no/such.pt do not exist"),
+        ({"model__load_vggt": "true"}, "huggingface.co/facebook/VGGT-1B"),
+        ({"model__decoder_size": "base"}, "only large was published"),
+        ({"model__dec_dim": 96}, "enc_dim 48 and dec_dim 96 differ"),
+        ({"model__num_dec_blk_to_checkpoint": 1, "model__num_dec_blk_not_to_checkpoint": 1}, "give one of them"),
+        ({"train__max_img_per_gpu": 1}, "train.max_img_per_gpu is 1"),
+        ({"train__resolution": "[50,42]"}, "14"),
+        ({"checkpoint": 77}, "00000077.pt is missing"),
+    ],
+)
+def test_wrong_input_is_named(scenes, tmp_path, changes, message):
+    data = {"data__tartanair__root": scenes, "data__tartanair__test_root": scenes / "val", "model__num_dec_blk_not_to_checkpoint": "null"}
+    assert message in wrong(tmp_path, **(data | changes))
+
+
+def test_misspelt_keys_are_answered_with_the_nearest(tmp_path, capsys):
+    wrong(tmp_path, train__max_img_per_gpus=3)
+    assert "did you mean" in capsys.readouterr().err
