@@ -78,7 +78,7 @@ class Backbone(nn.Module):
         c1 = run(self.layer1, x)
         c2 = run(self.layer2, c1)
         c3 = run(self.layer3, c2)
-        return run(self._fuse, c1, c2, c3).float() + self.frame_pos_embedding.permute(0, 2, 3, 1)
+        return run(self._fuse, c1, c2, c3).float() + self.frame_pos_embedding.permute(0, 2, 3, 1).contiguous()
 
     def _fuse(self, c1, c2, c3):
         # With channels last a 1x1 convolution is a linear layer.

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention (Zhu et al., Deformable DETR, 2021, section 4.1) with nothing large kept for the backward pass.
+"""Multi-scale deformable attention (Zhu et al., Deformable DETR, 2021, section 4.1) that keeps nothing large for backward.
 
 Each query reads K points per level and head from a feature pyramid; where to read and with what weight are linear functions
 of the query. The projected value map and the samples fill the memory of a straightforward implementation. Here both are
@@ -197,13 +197,15 @@ def _works(kernel: str, device: torch.device) -> str:
 def resolve_msda(choice: str, device: torch.device | str) -> str:
     """The kernel that `msda: auto | torch | triton | mmcv` stands for on a device; ValueError if a named one does not work.
 
-    auto takes triton, else mmcv, else torch on CUDA (each is tried on a small example), and torch on everything else.
+    auto takes triton, else mmcv, else torch on CUDA (each is tried on a small example), and torch on everything else and where
+    deterministic algorithms are asked for.
     """
     device = torch.device(device)
     if choice not in ("auto", "torch", "triton", "mmcv"):
         raise ValueError(f"msda: {choice!r} is not one of auto, torch, triton, mmcv")
     if choice == "auto":
-        usable = ("triton", "mmcv") if device.type == "cuda" else ()
+        # The GPU kernels add up gradients in no fixed order.
+        usable = ("triton", "mmcv") if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled() else ()
         return next((kernel for kernel in usable if not _works(kernel, device)), "torch")
     if choice != "torch" and _works(choice, device):
         raise ValueError(f"msda: {choice} does not work on {device} ({_works(choice, device)}); use msda: auto")

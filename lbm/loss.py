@@ -76,8 +76,8 @@ def regression_loss(offset, reference, target, mask, stride: int) -> torch.Tenso
 def uncertainty_loss(logit, position, target, visible, mask) -> torch.Tensor:
     """Binary cross-entropy of the logit that the position is missed (more than 8 px off) or the point hidden.
 
-    logit (B, T, N), position and target (B, T, N, 2) px; for k candidates (B, T, N, k) and (B, T, N, k, 2), with an axis of length 1
-    in the place of k in the others.
+    logit (B, T, N), position and target (B, T, N, 2) px; for k candidates (B, T, N, k) and (B, T, N, k, 2), with an axis of
+    length 1 in the place of k in the others.
     """
     with torch.no_grad():
         missed = (position.float() - target).norm(dim=-1) > MISS_PX

@@ -111,8 +111,8 @@ class LBM(nn.Module):
     def forward(self, video, queries, tracks, visible, valid=None) -> dict[str, torch.Tensor]:
         """Track a clip and compare with the truth.
 
-        video (B, T, 3, h0, w0) uint8 or float, RGB 0..255, of any size; queries (B, N, 3) (t, x, y) and tracks (B, T, N, 2) (x, y)
-        in pixels of the video; visible (B, T, N) bool; valid (B, N) bool, False for padding, or None.
+        video (B, T, 3, h0, w0) uint8 or float, RGB 0..255, of any size; queries (B, N, 3) (t, x, y) and tracks (B, T, N, 2)
+        (x, y) in pixels of the video; visible (B, T, N) bool; valid (B, N) bool, False for padding, or None.
 
         Returns the five terms of LOSS_NAMES with their weights and their sum "loss" (0-dim, float32, with graph); without graph
         "points" (B, T, N, 2) in pixels of the video, "visibility" (B, T, N) bool, "uncertainty" (B, T, N): probability that the
@@ -128,7 +128,8 @@ class LBM(nn.Module):
         token = sample_tokens(f.unflatten(0, (t, b)), queries, self.input_size)
         del f  # 1.1 GiB in the published setting
         feats = pyramid.unflatten(0, (t, b)).unbind()
-        weights, lattice = self.transformer.memory_weights(), self.transformer.lattice(self.msda)
+        weights = [layer.attention_weights() for layer in self.transformer.layers]
+        lattice = self.transformer.lattice(self.msda)
         memory, frames = [], []
         for i in range(t):
             queried = queries[..., 0] <= i
@@ -230,7 +231,7 @@ class Track:
         self.model, self.last, self.spatial_penalty = model, last, spatial_penalty
         self.token = last.new_zeros(*last.shape[:2], DIM)
         self.memory = []
-        self.weights = model.transformer.memory_weights()
+        self.weights = [layer.attention_weights() for layer in model.transformer.layers]
         self.lattice = model.transformer.lattice(model.msda)
 
     def step(self, feat, queried) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -325,7 +326,7 @@ class Online:
 
 
 def _read(path) -> dict:
-    """A torch file of tensors and plain values, nothing else; an argparse.Namespace (as official training files hold) is admitted."""
+    """A torch file of tensors and plain values, nothing else; official training files also hold an argparse.Namespace."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -90,12 +90,12 @@ class Upsample(nn.Module):
 
 
 class _MatmulFloat(torch.autograd.Function):
-    """a (B, N, C) @ b (B, S, C)^T of 16-bit factors with a float32 result: accumulated and returned unrounded."""
-
     @staticmethod
     def forward(ctx, a, b):
         ctx.save_for_backward(a, b)
-        return torch.bmm(a, b.mT, out_dtype=torch.float32)
+        if a.dtype != torch.float32 and a.is_cuda and "dtype" in torch.ops.aten.bmm.overloads():  # PyTorch 2.8, CUDA only
+            return torch.bmm(a, b.mT, out_dtype=torch.float32)
+        return a.float() @ b.float().mT
 
     @staticmethod
     def backward(ctx, grad):
@@ -105,10 +105,8 @@ class _MatmulFloat(torch.autograd.Function):
 
 
 def matmul_float(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a (B, N, C) @ b (B, S, C)^T -> (B, N, S) float32, whatever the dtype of the factors."""
-    if a.dtype != torch.float32 and a.is_cuda and torch.__version__ >= "2.8":  # out_dtype exists there, on CUDA only
-        return _MatmulFloat.apply(a, b)
-    return a.float() @ b.float().mT
+    """a (B, N, C) @ b (B, S, C)^T -> (B, N, S), for 16-bit factors too accumulated and returned in float32."""
+    return _MatmulFloat.apply(a, b)
 
 
 def attend(q, slot_keys, ignore, keep, *entries, heads: int):
@@ -120,22 +118,21 @@ def attend(q, slot_keys, ignore, keep, *entries, heads: int):
     """
     key, value = torch.stack(entries, 2).float().chunk(2, -1)  # (B, N, slots, C)
     key = key if slot_keys is None else key + slot_keys
-    score = (q.float()[:, :, None] * key).unflatten(-1, (heads, -1)).sum(-1) * (
-        q.shape[-1] // heads
-    ) ** -0.5  # (B, N, slots, heads)
+    q_scaled = q.float() * (q.shape[-1] // heads) ** -0.5
+    score = (q_scaled[:, :, None] * key).unflatten(-1, (heads, -1)).sum(-1)  # (B, N, slots, heads)
     score = score if ignore is None else score.masked_fill(ignore[..., None], -1e9)
     weight = score.softmax(2)
     weight = weight if keep is None else weight * keep
     return (weight[..., None] * value.unflatten(-1, (heads, -1))).sum(2).flatten(-2).to(q.dtype)
 
 
-class MemoryWeights(NamedTuple):
-    """What a layer needs of one memory's attention, made once per clip."""
+class AttentionWeights(NamedTuple):
+    """One attention of a layer in the compute dtype, made once per clip."""
 
-    now: torch.Tensor  # (C,) time embedding of the present
     query: tuple[torch.Tensor, torch.Tensor]  # weight (C, C), bias
-    entry: tuple[torch.Tensor, torch.Tensor]  # weight (2C, C), bias: keys and values of an entry, projected once in its life
-    slot_keys: torch.Tensor  # (M, C): what the time embeddings of the slots add to the keys
+    entry: tuple[torch.Tensor, torch.Tensor]  # weight (2C, C), bias: key and value of an entry, projected once in its life
+    now: torch.Tensor | None = None  # (C,) time embedding of the present; this and the next for the memories only
+    slot_keys: torch.Tensor | None = None  # (M, C): what the time embeddings of the slots add to the keys
 
 
 class Layer(nn.Module):
@@ -158,33 +155,41 @@ class Layer(nn.Module):
         self.lattice_update_ffn, self.lattice_update_norm2 = MLP(DIM, DIM, dropout=dropout), nn.LayerNorm(DIM)
         self.reference_rho = nn.Linear(DIM, 1)
 
-    def memory_weights(self, name: str) -> MemoryWeights:
-        """Weights of the memory 'collision' or 'stream' for `forward` and for projecting new entries."""
-        emb = getattr(self, f"{name}_time_emb")[0]  # (M + 1, C), the last row is now
-        attention = getattr(self, f"{name}_attention")
-        weight, bias = attention.in_proj_weight, attention.in_proj_bias
-        with torch.autocast(emb.device.type, enabled=False):
-            slot_keys = emb[:-1] @ weight[DIM : 2 * DIM].T
-        dtype = compute_dtype(emb.device)
-        cast = lambda w, b: (w.to(dtype), b.to(dtype))
-        return MemoryWeights(emb[-1], cast(weight[:DIM], bias[:DIM]), cast(weight[DIM:], bias[DIM:]), slot_keys)
+    def attention_weights(self) -> dict[str, AttentionWeights]:
+        """Weights of the attentions "collision", "stream" and "lattice_update" for `forward` and for projecting new entries."""
+        cut = lambda t: (t[:DIM], t[DIM:])  # of the query, of key and value
+        weights = {}
+        for name, attention in (
+            ("collision", self.collision_attention), ("stream", self.stream_attention), ("lattice_update", self.lattice_update)
+        ):  # fmt: skip
+            dtype = compute_dtype(attention.in_proj_weight.device)
+            both = zip(cut(attention.in_proj_weight.to(dtype)), cut(attention.in_proj_bias.to(dtype)))
+            weights[name] = AttentionWeights(*both)
+        for name, emb in (("collision", self.collision_time_emb), ("stream", self.stream_time_emb)):
+            key = getattr(self, f"{name}_attention").in_proj_weight[DIM : 2 * DIM]
+            with torch.autocast(emb.device.type, enabled=False):
+                slot_keys = emb[0, :-1] @ key.T  # the last row of the embedding is now, the others are the slots
+            weights[name] = weights[name]._replace(now=emb[0, -1], slot_keys=slot_keys)
+        return weights
 
     def _drop(self, x):
         return F.dropout(x, self.p, self.training)
 
-    def _attend(self, attention, q, slot_keys, ignore, entries):
-        keep = None
+    def _attend(self, attention, x, weights: AttentionWeights, ignore, entries):
+        keep, slot_keys = None, weights.slot_keys
+        if slot_keys is not None:
+            slot_keys = slot_keys[-len(entries) :]
+        q = F.linear(x, *weights.query)
         if self.training and self.p > 0:
             keep = F.dropout(torch.ones(*q.shape[:2], len(entries), self.heads, device=q.device), self.p)
         run = lambda *args: attend(*args, heads=self.heads)
         return attention.out_proj(recompute(run, q, slot_keys, ignore, keep, *entries))
 
-    def _recall(self, name, x, ignore, entries, weights: MemoryWeights):
+    def _recall(self, name, x, ignore, entries, weights: AttentionWeights):
         """Attention over one memory, then the feed-forward net; the residual carries the time embedding of the present."""
         attention, norm, ffn, norm2 = (getattr(self, f"{name}_{part}") for part in ("attention", "norm", "ffn", "norm2"))
         x = x + weights.now
-        q = F.linear(x, *weights.query)
-        x = norm(x + self._drop(self._attend(attention, q, weights.slot_keys[-len(entries) :], ignore, entries)))
+        x = norm(x + self._drop(self._attend(attention, x, weights, ignore, entries)))
         return norm2(x + ffn(x))
 
     def correlate(self, x, feat, inv_norm, upsample: Upsample, target=None):
@@ -206,16 +211,17 @@ class Layer(nn.Module):
 
     def forward(self, x, feat, inv_norm, ignore, target, prior, weights, lattice, *entries):
         """x (B, N, C) float32 tokens, feat (B, S, C) pyramid, inv_norm (B, S) its cells' 1 / length, ignore (B, N, slots) bool,
-        target (B, N) true cells or None, prior (B, N, P) factor on the correlation or None, weights: MemoryWeights of both
-        memories; entries: projected entries (B, N, 2C), first those of collision, then those of stream, each oldest first.
+        target (B, N) true cells or None, prior (B, N, P) factor on the correlation or None, weights from `attention_weights`;
+        entries: projected entries (B, N, 2C), first those of collision, then those of stream, each oldest first.
 
         Returns x, candidates (B, N, k, 2) px, their rho logits (B, N, k), corr (B, N, P), log_sum (B, N), logit (B, N).
         """
         if entries:
             half = len(entries) // 2
             dead = ignore.all(-1, keepdim=True)  # no live slot: the token stays as it is
-            y = self._recall("collision", x, ignore, entries[:half], weights[0])
-            x = torch.where(dead, x, self._recall("stream", y, ignore, entries[half:], weights[1]))
+            y = self._recall("collision", x, ignore, entries[:half], weights["collision"])
+            y = self._recall("stream", y, ignore, entries[half:], weights["stream"])
+            x = torch.where(dead, x, y)
 
         corr, *numbers = self.correlate(x, feat, inv_norm, lattice.upsample, target)
         corr = corr if prior is None else corr * prior
@@ -227,10 +233,9 @@ class Layer(nn.Module):
         y = self.lattice_norm2(y + self.lattice_ffn(y)).to(compute_dtype(y.device))
         rho = self.reference_rho(y).squeeze(-1)
 
-        weight, bias = self.lattice_update.in_proj_weight, self.lattice_update.in_proj_bias
-        entries = F.linear(y, weight[DIM:], bias[DIM:]).unbind(2)  # k times (B, N, 2C)
-        attended = self._attend(self.lattice_update, F.linear(x, weight[:DIM], bias[:DIM]), None, None, entries)
-        x = self.lattice_update_norm(x + self._drop(attended))
+        update = weights["lattice_update"]
+        entries = F.linear(y, *update.entry).unbind(2)  # k times (B, N, 2C)
+        x = self.lattice_update_norm(x + self._drop(self._attend(self.lattice_update, x, update, None, entries)))
         x = self.lattice_update_norm2(x + self.lattice_update_ffn(x))
         return x, candidates, rho, corr, *(numbers or (None, None))
 
@@ -281,10 +286,6 @@ class Transformer(nn.Module):
         kernel = resolve_msda(msda, self.spatial_shapes.device)
         return Lattice(self.input_size, Levels(self.shapes, self.spatial_shapes, self.start_levels), self.upsample, kernel)
 
-    def memory_weights(self) -> list[tuple[MemoryWeights, MemoryWeights]]:
-        """Per layer the weights of the collision and the stream memory."""
-        return [(layer.memory_weights("collision"), layer.memory_weights("stream")) for layer in self.layers]
-
     def _look(self, name, x, reference, feat, lattice):
         """One head's trunk: read the frame at the reference, then the feed-forward net. (B, N, C)."""
         attention, norm, ffn, norm2 = (getattr(self, f"{name}_{part}") for part in ("layer", "norm", "ffn", "norm2"))
@@ -310,7 +311,7 @@ class Transformer(nn.Module):
 
         token (B, N, C) float32, feat (B, S, C), queried (B, N) bool: the point's query frame is reached;
         memory: list of entries of the frames before, oldest first, each {"ignore" (B, N) bool, "collision", "stream": per layer
-        (B, N, 2C)}; weights from `memory_weights`; target (B, N) true cells or None; prior (B, N, P) or None;
+        (B, N, 2C)}; weights: per layer those of `attention_weights`; target (B, N) true cells or None; prior (B, N, P) or None;
         mask_drop: probability that a memory slot is ignored, drawn anew for every layer.
         Returns a dict: offset (B, N, 2) px, vis, rho logits (B, N), collision and stream (B, N, C), and per layer the lists
         candidates (B, N, k, 2) px, candidate_rho (B, N, k), corr (B, N, P), log_sum and logit (B, N).
@@ -336,5 +337,8 @@ class Transformer(nn.Module):
 
     def remember(self, out: dict, ignore: torch.Tensor, weights) -> dict:
         """The memory entry of a frame from its output: keys and values for every layer, projected once."""
-        project = lambda name, j: [F.linear(out[name], *both[j].entry) for both in weights]
-        return {"ignore": ignore, "collision": project("collision", 0), "stream": project("stream", 1)}
+        entry = {"ignore": ignore}
+        for name in ("collision", "stream"):
+            x = out[name].to(compute_dtype(ignore.device))
+            entry[name] = [F.linear(x, *layer[name].entry) for layer in weights]
+        return entry

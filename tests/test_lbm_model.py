@@ -120,7 +120,7 @@ def test_projected_memory_equals_the_plain_attention():
     q = (x + emb[:, -1]).flatten(0, 1)[:, None]
     key = (memory + emb[:, None, :-1]).flatten(0, 1)
     want = layer.stream_attention(q, key, memory.flatten(0, 1), key_padding_mask=ignore.flatten(0, 1))[0].view(1, 6, 256)
-    weights = layer.memory_weights("stream")
+    weights = layer.attention_weights()["stream"]
     entries = [F.linear(m, *weights.entry) for m in memory.unbind(2)]
     got = attend(F.linear(x + weights.now, *weights.query), weights.slot_keys, ignore, None, *entries, heads=4)
     assert_same([layer.stream_attention.out_proj(got)], [want], 2e-6)
@@ -132,7 +132,7 @@ def test_dead_points_keep_their_token_and_have_finite_gradients():
     x = torch.randn(1, 3, 256, requires_grad=True)
     feat = pool_pyramid(torch.randn(1, 16, 24, 256))
     ignore = torch.tensor([[[True, True], [True, False], [False, False]]])
-    weights = (layer.memory_weights("collision"), layer.memory_weights("stream"))
+    weights = layer.attention_weights()
     entries = [torch.randn(1, 3, 512) for _ in range(4)]
     inv = 1 / feat.norm(dim=-1)
     run = lambda *e: layer(x, feat, inv, ignore if e else None, None, None, weights, lattice, *e)[0]

@@ -6,6 +6,7 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+import torch
 from runs import ROOT, generated, readme_commands, run, run_small
 
 SMALL = [
@@ -97,9 +98,10 @@ def test_every_command_runs(place):
         "--out tracks": f"--out {place}/tracks",
         "per_video.csv": place / "per_video.csv",
         "lbm_run": place / "lbm_run",
+        "released.pt": place / "released.pt",
     }
     commands = readme_commands(ROOT / "lbm" / "README.md")
-    assert len(commands) >= 13
+    assert len(commands) >= 14
     for number, text in enumerate(commands):
         extra = []
         if "-m synth" in text:
@@ -114,6 +116,7 @@ def test_every_command_runs(place):
         elif "lbm/infer.py" in text:
             extra = ["--memory_size", "4"]
         run_small(text, extra, paths)
+    assert set(torch.load(place / "released.pt", weights_only=True)) == {"model"}
     assert (place / "check.png").exists() and (place / "packed").is_dir() and (place / "set" / "kubric").is_dir()
 
 

@@ -9,8 +9,8 @@ from runs import ROOT, generated, readme_commands, run
 from test_pi3_data import write_co3d, write_folder, write_scannet
 from test_pi3_train import NET, run_here
 
-SMALL = (*NET, "train.max_img_per_gpu=4", "train.image_num_range=[2,3]", "test_dataset.image_num=2", "max_steps=1", "workers=0", "log_every=1",
-         "train.iters_per_epoch=4")  # fmt: skip
+SMALL = (*NET, "train.max_img_per_gpu=4", "train.image_num_range=[2,3]", "test_dataset.image_num=2", "max_steps=1", "workers=0",
+         "log_every=1", "train.iters_per_epoch=4")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,10 @@ def place(tmp_path_factory):
 
 
 def test_every_command_runs(place, monkeypatch):
-    paths = {"data/tiny/pi3": place / "tartanair", "data/tartanair": place / "tartanair", "data/scannet": place / "scannet", "data/co3d": place / "co3d",
-             "workspace/pi3_tiny": place / "outputs" / "pi3_tiny", "outputs/": f"{place}/outputs/", "model.safetensors": place / "outputs" / "pi3_conf",
-             "my_sequences": place / "my_sequences", "check.png": place / "check.png", "photos": place / "photos", "walk.mp4": place / "walk.mp4",
-             "--save_path scene": f"--save_path {place}/scene", "per_sequence.csv": place / "per_sequence.csv"}  # fmt: skip
+    named = ("check.png", "my_sequences", "photos", "walk.mp4", "per_sequence.csv")
+    paths = {f"data/{name}": place / name for name in ("tartanair", "scannet", "co3d")} | {name: place / name for name in named}
+    paths |= {"data/tiny/pi3": place / "tartanair", "workspace/pi3_tiny": "outputs/pi3_tiny", "model.safetensors": "outputs/pi3_conf"}
+    paths |= {"outputs/": f"{place}/outputs/", "--save_path scene": f"--save_path {place}/scene"}
     monkeypatch.chdir(ROOT)
     names = iter(["pi3_tiny", "pi3_lowres", "pi3_highres", "pi3_conf", "pi3_two_nodes", "pi3_overfit"])
     commands = readme_commands(ROOT / "pi3" / "README.md")

@@ -236,8 +236,7 @@ def check_msda(case, arrays, name):
     levels, heads = levels_of(case["levels"]), case["num_heads"]
     wh = levels.hw.flip(-1).float()
     module = DeformableAttention(case["embed_dims"], heads, len(wh), case["num_points"], 0.0)
-    shapes = {k: s for k, s in case["state_dict"].items()}
-    weights = golden.filled(shapes, golden.module("lbm/inputs").weights)
+    weights = golden.filled(case["state_dict"], golden.module("lbm/inputs").weights)
     module.load_state_dict({k.removeprefix("msda."): v for k, v in weights.items()})
     reference = given["reference"][:, :, None, None].expand(-1, -1, 1, len(wh), -1)  # (B, N, 1, L, 2)
     for form in (module._read_then_project, lambda levels, *args: module._project_then_read(levels, "torch", *args)):
@@ -278,10 +277,9 @@ def check_layer(case, arrays, name):
     query, feat, collision, stream = (given[k].requires_grad_() for k in ("query", "feat", "collision", "stream"))
     pyramid = pool_pyramid(feat.permute(0, 2, 3, 1))
     inv_norm = inverse_norm(pyramid)
-    weights = (layer.memory_weights("collision"), layer.memory_weights("stream"))
-    entries = [
-        torch.nn.functional.linear(x, *w.entry) for memory, w in zip((collision, stream), weights) for x in memory.unbind(2)
-    ]
+    weights = layer.attention_weights()
+    project = lambda memory, name: [torch.nn.functional.linear(x, *weights[name].entry) for x in memory.unbind(2)]
+    entries = project(collision, "collision") + project(stream, "stream")
     ignore = given["vis_mask"] | given["mem_mask"]
     q, candidates, rho, corr, *_ = layer(query, pyramid, inv_norm, ignore, None, None, weights, lattice, *entries)
     close(strided(corr, 11), arrays["corr_every11"], atol=corr_tol, what="corr")
