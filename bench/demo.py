@@ -40,10 +40,11 @@ def trained_steps(workspace: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def train(workspace: Path, steps: int, interrupt_at: int | None) -> None:
+def train(data: Path, workspace: Path, steps: int, interrupt_at: int | None) -> None:
     """Train on two processes up to `steps`; with `interrupt_at` send SIGTERM to one of them once that step is logged."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "lbm/train.py", "--config", CONFIG]
-    command += ["--workspace", str(workspace), "--max_steps", str(steps), "--tapvid_root", "null"]
+    command += ["--movi_f_root", str(data / "movi_f"), "--tapvid_root", "null"]
+    command += ["--workspace", str(workspace), "--max_steps", str(steps)]
     print("$ torchrun " + " ".join(command[2:]), flush=True)
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while interrupt_at is not None and process.poll() is None and trained_steps(workspace) < interrupt_at:
@@ -69,9 +70,9 @@ def main() -> None:
         run("-m", "synth", "lbm", str(args.data))
     print("\n== 2. Train on two processes, interrupted half way")
     shutil.rmtree(args.workspace, ignore_errors=True)
-    train(args.workspace, args.steps, interrupt_at=args.steps // 2)
+    train(args.data, args.workspace, args.steps, interrupt_at=args.steps // 2)
     print(f"\n== 3. The same command again: it goes on from step {trained_steps(args.workspace)} or later")
-    train(args.workspace, args.steps, interrupt_at=None)
+    train(args.data, args.workspace, args.steps, interrupt_at=None)
 
     print("\n== 4. Evaluate on clips that training has not seen")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,7 +8,7 @@ to run with 3-D tensors in place of its GPU kernel, which materialises the score
 
 import contextlib
 import multiprocessing
-import resource
+import re
 import statistics
 import tempfile
 import time
@@ -174,38 +174,64 @@ class Trainer:
         self.times["step"] = self.clock() - start
 
 
-def time_steps(count: int, attention: str | None, *args, **options) -> dict:
-    """Best seconds of the parts of `count` steps (CPU time on a CPU), peak memory; `attention` of the published form, or None."""
+FORMS = {  # row -> (form, attention of the published form)
+    "published form, 3-D attention": ("published", "3-D"),
+    "published form, 4-D attention": ("published", "4-D"),
+    "ours, encoders in the step": ("encoded", None),
+    "ours, frozen work cached": ("cached", None),
+}
+
+
+def run_step(trainer: Trainer, attention: str | None = None) -> dict[str, float]:
+    """One step, in the published form if `attention` is given; its times."""
     with published_form(attention) if attention else contextlib.nullcontext():
-        trainer = Trainer(*args, **options)
-        for _ in range(2):
-            trainer.step()
-        if trainer.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        runs = []
-        for _ in range(count):
-            trainer.step()
-            runs.append(dict(trainer.times))
-    out = {f"{part}_s": min(run[part] for run in runs) for part in runs[0]}
-    if trainer.device == "cuda":
-        return {**out, "objects_per_s": trainer.objects / out["step_s"], "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
-    return {**out, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+        trainer.step()
+    return dict(trainer.times)
 
 
-def _child(queue, args, options):
+def best(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The least time of each part of a step."""
+    return {f"{part}_s": min(run[part] for run in runs) for part in runs[0]}
+
+
+def _peak(queue, form: str, attention: str | None, args: tuple, options: dict) -> None:
     torch.set_num_threads(1)
-    queue.put(time_steps(*args, **options))
+    trainer = Trainer(*args, form, **options)
+    for _ in range(2):
+        run_step(trainer, attention)
+    status = Path("/proc/self/status").read_text()  # getrusage would count the parent process too
+    queue.put(int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1e6)
 
 
-def alone(*args, **options) -> dict:
-    """time_steps in a process of its own, so that its peak memory is its own."""
+def peak_gb(*args) -> float:
+    """Peak memory of a process that does nothing but two training steps."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_child, args=(queue, args, options))
+    process = context.Process(target=_peak, args=(queue, *args))
     process.start()
     out = queue.get()
     process.join()
     return out
+
+
+def compare_steps(net: dict, size: int, count: int, stage: int, chunk: int = 2):
+    """Yield (row, figures) of every form of the step, one object, fp32, CPU time. The forms take turns, so that whatever else the
+    machine does slows all alike."""
+    trainers = {row: Trainer(net, size, 1, form, stage=stage, chunk=chunk) for row, (form, _) in FORMS.items()}
+    runs = {row: [] for row in FORMS}
+    for _ in range(count + 1):
+        for row, trainer in trainers.items():
+            runs[row].append(run_step(trainer, FORMS[row][1]))
+    del trainers
+    figures = {}
+    for row, (form, attention) in FORMS.items():
+        options = {"stage": stage, "chunk": chunk}
+        figures[row] = {**best(runs[row][1:]), "peak_gb": peak_gb(form, attention, (net, size, 1), options)}
+        for other in [other for other in figures if not attention and FORMS[other][1]]:
+            against = FORMS[other][1]
+            figures[row][f"times_faster_than_{against}"] = figures[other]["step_s"] / figures[row]["step_s"]
+            figures[row][f"memory_of_{against}"] = figures[row]["peak_gb"] / figures[other]["peak_gb"]
+        yield f"stage {stage}, {row}", figures[row]
 
 
 # ---- bytes kept for backward -----------------------------------------------------------------------------------------
@@ -313,27 +339,14 @@ def loader_rates(size: int = 512, resolution: int = 256, repeats: int = 3) -> di
 # ---- all of it -------------------------------------------------------------------------------------------------------
 
 
-def ratios(figures: dict, base: dict) -> dict:
-    return {"times_faster": base["step_s"] / figures["step_s"], "memory_ratio": figures["peak_gb"] / base["peak_gb"]}
-
-
 def measure(device: str, config: str):
     """Yield (row, figures)."""
     tiny = config == "tiny"
     if device == "cuda":
         yield from measure_gpu(8, 256, 10)
     else:
-        net, size, count = (TINY_NET, 64, 2) if tiny else (TEST_NET, 128, 5)
         for stage in (1, 2):
-            base = {}
-            for attention in ("3-D", "4-D"):
-                base[attention] = alone(count, attention, net, size, 1, "published", stage=stage)
-                yield f"stage {stage}, published form, {attention} attention", base[attention]
-            for form, row in (("encoded", "encoders in the step"), ("cached", "frozen work cached")):
-                figures = alone(count, None, net, size, 1, form, stage=stage, chunk=2)
-                for attention, other in base.items():
-                    figures |= {f"{k} vs {attention}": v for k, v in ratios(figures, other).items()}
-                yield f"stage {stage}, ours, {row}", figures
+            yield from compare_steps(*((TINY_NET, 64, 1) if tiny else (TEST_NET, 128, 5)), stage)
         yield "loader, one core", loader_rates(*((64, 32, 1) if tiny else (512, 256, 4)))
     changes = {"block_out_channels": (32, 32, 32, 32)} if tiny else {}
     for row, options in (
@@ -342,18 +355,23 @@ def measure(device: str, config: str):
         ("all parameters, checkpointing", {"checkpointing": True}),
     ):
         yield f"kept for backward, 8 objects, 256 x 256, bf16, {row}", kept_bytes(**options, **changes)
-    if not tiny:
-        with published_form(), mock.patch.object(unet, "layer_norm", lambda x, norm: norm(x)):
-            yield "kept for backward, published form, all parameters", kept_bytes()
+    with published_form():
+        yield "kept for backward, 8 objects, 256 x 256, bf16, published form", kept_bytes(**changes)
 
 
-def measure_gpu(objects: int, size: int, count: int, net: dict = FULL_NET, device: str = "cuda"):
-    """Objects per second of training at full size in bf16, with and without cache, checkpointing and compilation."""
+def measure_gpu(objects: int, size: int, count: int, net: dict = FULL_NET, device: str = "cuda", compiles=(False, True)):
+    """Objects per second of training in bf16, with and without cache, checkpointing and compilation."""
     for form in ("encoded", "cached"):
         for checkpointing in (False, True):
-            for compiled in (False, True):
+            for compiled in compiles:
                 options = {"amp": torch.bfloat16, "chunk": 32, "checkpointing": checkpointing, "compile": compiled}
-                figures = time_steps(count, None, net, size, objects, form, device, **options)
-                yield f"{form}, checkpointing {checkpointing}, compile {compiled}", figures
+                trainer = Trainer(net, size, objects, form, device, **options)
+                runs = [run_step(trainer) for _ in range(3 + count)][3:]
+                figures = best(runs)
+                figures["objects_per_s"] = objects / statistics.median(run["step"] for run in runs)
                 if device == "cuda":
+                    figures["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+                    del trainer
                     torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                yield f"{form}, checkpointing {checkpointing}, compile {compiled}", figures

@@ -26,6 +26,7 @@ from lbm.dataset import KubricDataset
 from lbm.draw import contact_sheet, draw_tracks
 from lbm.eval import MODEL_KEYS, evaluate, table
 from lbm.model import LBM, LOSS_NAMES, load_checkpoint, load_resnet18
+from lbm.tapvid import find_files
 
 REFERENCE = Path(__file__).parent / "configs" / "default.yaml"
 ALIASES = {
@@ -162,6 +163,8 @@ def main() -> None:
     torch.manual_seed(cfg.seed)  # initial weights: the same on all ranks
 
     dataset = build_dataset(cfg)
+    if cfg.tapvid_root:
+        find_files(cfg.tapvid_root, cfg.eval_dataset)  # missing: an error now, not after the first epoch
     clips = cfg.bs * world  # per step
     steps_per_epoch = max(1, len(dataset) // clips)
     total_steps = steps_per_epoch * cfg.epoch_num  # of the schedule

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def layout(x: Tensor) -> torch.memory_format:
-    """The memory format of x (N,C,H,W); the norms' kernels need their arguments in the same one."""
-    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+def _dense(x: Tensor, like: Tensor) -> Tensor:
+    """x (N,C,H,W) in fp32 and in the one memory format that the GroupNorm kernels take: NCHW, or on a CPU that of `like`."""
+    nhwc = like.device.type == "cpu" and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    return x.float().contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -21,7 +22,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
         n, c, pixels = x.shape[0], x.shape[1], x[0, 0].numel()
-        y, mean, rstd = torch.native_group_norm(x.float(), weight.float(), bias.float(), n, c, pixels, groups, eps)
+        y, mean, rstd = torch.native_group_norm(_dense(x, x), weight.float(), bias.float(), n, c, pixels, groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.groups, ctx.silu = groups, silu
         # A SiLU in place, or a cast that does nothing, would cut the gradient in compiled code
@@ -32,7 +33,7 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         n, c, pixels, groups = x.shape[0], x.shape[1], x[0, 0].numel(), ctx.groups
-        x32, grad = x.float(), grad.float().contiguous(memory_format=layout(x))
+        x32, grad = _dense(x, x), _dense(grad, x)
         if ctx.silu:
             scale = (rstd[:, :, None] * weight.float().view(1, groups, -1)).view(n, c)  # (N,G,1) * (1,G,C/G) -> (N,C)
             shift = bias.float() - (mean[:, :, None].expand(n, groups, c // groups).reshape(n, c)) * scale

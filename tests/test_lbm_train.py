@@ -262,7 +262,7 @@ def test_tiny_datasets_and_last_rank(clips, tiny, tmp_path):
         (("--epoch_nun", "3"), "epoch_num"),
         (("--bs", "many"), "bs"),
         (("--msda", "fast"), "msda"),
-        (("--tapvid_root", "no/such.pkl", "--validate_every", "1", "--max_steps", "1"), "no/such.pkl"),
+        (("--tapvid_root", "no/such.pkl"), "no/such.pkl"),
         (("--checkpoint", "no/such.pt"), "no/such.pt"),
         (("--checkpoint", "77"), "00000077.pt is missing"),
         (("--init", "no/such.pt"), "no/such.pt"),

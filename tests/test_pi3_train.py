@@ -16,6 +16,9 @@ from runs import ROOT, checkpoint, difference, generated, metrics, run, start
 
 from common import dist
 from common.io import read_image
+from pi3.dataset import Mixture, TartanAir
+from pi3.eval import validate_samples
+from pi3.weights import load_model
 
 
 
@@ -63,14 +66,14 @@ def make(scenes):
     return args
 
 
-TWO = ("train.gradient_accumulation_steps=2", "save_every=2", "keep_last=9", *QUIET)
+FOUR = ("train.gradient_accumulation_steps=4", "save_every=2", "keep_last=9", *QUIET)
 
 
 @pytest.fixture(scope="session")
 def straight(make, tmp_path_factory):
-    """A run of 4 steps of two micro-batches on one process without a stop: what every other run is compared with."""
+    """A run of 4 steps of four micro-batches on one process without a stop: what every other run is compared with."""
     folder = tmp_path_factory.mktemp("straight")
-    run(*make(folder, *TWO, "max_steps=4"))
+    run(*make(folder, *FOUR, "max_steps=4"))
     return folder
 
 
@@ -86,7 +89,7 @@ def same_end(a, b, step: int = 4) -> None:
 
 def test_stopped_and_resumed_run_is_bit_identical(make, tmp_path, straight):
     """Stopped by SIGTERM once, by max_steps once, with another number of workers."""
-    args = make(tmp_path, *TWO)
+    args = make(tmp_path, *FOUR)
     process = start(*args, "max_steps=4")
     path = tmp_path / "metrics.jsonl"
     while not (path.exists() and path.read_text()):
@@ -101,28 +104,36 @@ def test_stopped_and_resumed_run_is_bit_identical(make, tmp_path, straight):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_see_the_samples_of_one_and_give_its_losses(make, tmp_path, straight, parallel):
-    """Two ranks of one micro-batch equal one rank of two, split or not; the checkpoint goes on in either form, on any number of ranks."""
-    args = make(tmp_path, "save_every=2", "keep_last=9", *QUIET, f"parallel={parallel}")
+def test_two_ranks_see_the_samples_of_one_and_give_its_losses(make, scenes, tmp_path, straight, parallel):
+    """Two ranks of two micro-batches equal one rank of four, split or not; either's checkpoint goes on in the other form and alone."""
+    args = make(tmp_path, "save_every=2", "keep_last=9", *QUIET, f"parallel={parallel}", "train.gradient_accumulation_steps=2")
     output = run(*args, "max_steps=4", ranks=2)
-    assert f"{parallel}, amp" in output and "x 2 ranks = 12 images a step" in output
+    assert f"{parallel}, amp" in output and "x 2 micro-batches x 2 ranks = 24 images a step" in output
     a, b = metrics(tmp_path), metrics(straight)
     for step in range(1, 5):
         for key in ("loss/loss", "loss/local_pts_loss", "loss/trans_loss", "loss/rot_loss", "train/grad_norm"):
             assert a[step][key] == pytest.approx(b[step][key], rel=2e-4, abs=1e-6), (step, key)
-    ours, theirs = checkpoint(tmp_path, 4)["model"], checkpoint(straight, 4)["model"]
-    assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in theirs) and ours.keys() == theirs.keys()
     moments = [checkpoint(folder, 4, "optimizer")["optimizer"]["state"] for folder in (tmp_path, straight)]
-    assert all(torch.allclose(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"], atol=1e-3) for i in moments[1])
-    if parallel == "fsdp":  # stopped and resumed, split: as without a stop
+    assert max((moments[0][i]["exp_avg"] - moments[1][i]["exp_avg"]).abs().max() for i in moments[1]) < 1e-5  # the largest is 0.01
+    ours, theirs = checkpoint(tmp_path, 4)["model"], checkpoint(straight, 4)["model"]
+    assert ours.keys() == theirs.keys()
+    for name in ours:  # a common shift of all cameras has no gradient but rounding, which Adam makes a whole step of
+        assert name == "camera_head.fc_t.bias" or (ours[name] - theirs[name]).abs().mean() < 5e-6, name
+    if parallel == "fsdp":  # stopped and resumed, with validations in between: as without them
         shutil.copytree(tmp_path, tmp_path / "again")
         for file in (tmp_path / "again" / "checkpoint").glob("00000004*"):
             file.unlink()
-        output = run(*args, "max_steps=4", f"workspace={tmp_path / 'again'}", "checkpoint=2", ranks=2)
-        assert "resumed at step 2" in output
+        more = ("test_dataset.samples.tartanair=3", "validate_every=1", f"workspace={tmp_path / 'again'}", "checkpoint=2")
+        assert "resumed at step 2" in run(*args, "max_steps=4", *more, ranks=2)
         same_end(tmp_path / "again", tmp_path)
+        source = Mixture([TartanAir(scenes / "val")], [1.0], seed=0, train=False)
+        model = load_model(tmp_path / "again" / "checkpoint" / "00000004.pt", torch.device("cpu"))
+        scores = validate_samples(model, source, 3, 2, (56, 42), 2, torch.device("cpu"))  # in one process, in other batches
+        for name in ("loss", "rot_loss", "auc@30", "point_error"):
+            assert metrics(tmp_path / "again")[4][f"val/{name}"] == pytest.approx(scores[name], rel=1e-4)
+        assert torch.load(tmp_path / "again" / "checkpoint" / "best.pt", weights_only=True)["scores"]["loss"] > 0
     # and back on one process
-    assert "resumed at step 4" in run(*args, *TWO[:1], "parallel=ddp", "max_steps=5")
+    assert "resumed at step 4" in run(*args, FOUR[0], "parallel=ddp", "max_steps=5")
 
 
 def test_three_stages_in_sequence(make, tmp_path):
@@ -192,8 +203,6 @@ def test_users_keys_validation_pictures_tensorboard_and_inference(make, scenes, 
     assert "2 sequences" in output and "AUC@30" in output and "ate" in output and "abs_rel" in output and "nc" in output
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 3
 
-    from pi3.weights import load_model
-
     model, order = load_model(folder, torch.device("cpu")), torch.tensor([2, 0, 1])
     imgs = torch.rand(1, 3, 3, 42, 56, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -222,7 +231,7 @@ def test_damaged_checkpoint_falls_back(straight, make, tmp_path):
     shutil.copytree(straight, tmp_path / "cut")
     newest = tmp_path / "cut" / "checkpoint" / "00000004.pt"
     os.truncate(newest, newest.stat().st_size // 2)
-    output = run(*make(tmp_path / "cut", *TWO, "max_steps=4"))
+    output = run(*make(tmp_path / "cut", *FOUR, "max_steps=4"))
     assert "00000004.pt is damaged" in output and "resumed at step 2" in output
     same_end(tmp_path / "cut", straight)
 
@@ -251,6 +260,7 @@ def wrong(tmp_path, **changes):
         ({"train__max_img_per_gpu": 1}, "train.max_img_per_gpu is 1"),
         ({"train__resolution": "[50,42]"}, "14"),
         ({"checkpoint": 77}, "00000077.pt is missing"),
+        ({"train__optimizer": "{lr: 1e30, encoder_lr: 1e30}", "max_bad_steps": 2}, "(sequences of this process: TarTanAir/scene00"),
     ],
 )
 def test_wrong_input_is_named(scenes, tmp_path, changes, message):
@@ -261,3 +271,17 @@ def test_wrong_input_is_named(scenes, tmp_path, changes, message):
 def test_misspelt_keys_are_answered_with_the_nearest(tmp_path, capsys):
     wrong(tmp_path, train__max_img_per_gpus=3)
     assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_tiny_network_learns_and_compiles(make, scenes, tmp_path):
+    """From scratch, on the sequences it is scored on: poses and points come out well above the start; compiled blocks give the same."""
+    args = make(tmp_path / "run", f"data.tartanair.test_root={scenes}", "train_dataset.augment=false", "test_dataset.samples.tartanair=8",
+                "train.num_epoch=3", "validate_every=50", "save_every=300", "log_every=50")  # fmt: skip
+    run(*args, "max_steps=300")
+    rows = metrics(tmp_path / "run")
+    assert rows[300]["val/auc@30"] > rows[50]["val/auc@30"] + 20 and rows[300]["val/point_error"] < 0.6 * rows[50]["val/point_error"]
+    one, two = (make(tmp_path / name, *QUIET, "max_steps=2", *more) for name, more in (("eager", ()), ("compiled", ("compile=true",))))
+    run(*one)
+    run(*two, timeout=600)
+    assert metrics(tmp_path / "eager")[2]["loss/loss"] == pytest.approx(metrics(tmp_path / "compiled")[2]["loss/loss"], rel=1e-3)

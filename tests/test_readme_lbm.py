@@ -111,6 +111,7 @@ def test_every_command_runs(place):
             )
         elif "lbm/train.py" in text:
             extra = [*SMALL, "--movi_f_root", place / "kubric_lbm", "--workspace", place / f"run{number}", "--bs", "1"]
+            extra += ["--tapvid_root", place / "tapvid_davis.pkl"] if "tiny.yaml" in text else []
         elif "lbm/eval.py" in text:
             extra = ["--limit", "1", "--memory_size", "4"]
         elif "lbm/infer.py" in text:

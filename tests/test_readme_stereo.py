@@ -8,9 +8,11 @@ import pytest
 import torch
 from runs import ROOT, generated, readme_commands, run, run_small
 
-from stereo.codec import decode_pfm
+from common.io import write_image
+from stereo.codec import decode_pfm, encode_pfm
+from stereo.formats import list_pairs, read_disparity, read_views
 
-NET = "--model.vit_size null --model.max_disp 32 --model.hidden_dims [16,16,16] --model.volume_dim 8 --model.n_gru_layers 2 --data.image_sizes [[64,64]]"
+NET = "--model.vit_size null --model.max_disp 32 --model.hidden_dims [16,16,16] --model.volume_dim 8 --model.n_gru_layers 2"
 SMALL = (
     f"{NET} --train_iters 2 --valid_iters 2 --max_steps 1 --workers 0 --batch_size_forward 1 --data.val_datasets [] --vis_every 0".split()
 )
@@ -23,32 +25,36 @@ def place(tmp_path_factory):
         generated(tmp_path_factory, "stereo", "--scenes", "4", "--val_scenes", "2", "--size", "96x128"),
         tmp_path_factory.mktemp("stereo"),
     )
-    for name in ("fsd", "middlebury", "mine"):
-        shutil.copytree(pairs / "val", here / name)
+    shutil.copytree(pairs / "val", here / "fsd")
+    for number, pair in enumerate(list_pairs(pairs / "val")):  # the same pairs in Middlebury's form
+        folder = here / "middlebury" / f"scene{number}"
+        truth = read_disparity(pair.disparity, pair.codec)
+        for name, image in zip(("im0.png", "im1.png"), read_views(pair)):
+            write_image(folder / name, image)
+        (folder / "disp0.pfm").write_bytes(encode_pfm(np.where(truth > 0, truth, np.inf)))
+        write_image(folder / "mask0nocc.png", np.where(truth > 3, 255, 128).astype(np.uint8))
     for side in ("left", "right"):
         shutil.copy(pairs / "val" / side / "rgb" / "0000.jpg", here / f"{side}.png")
+    yaml = (ROOT / "stereo" / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (here / "my_data.yaml").write_text(yaml.replace("data/", f"{here}/"))
     (here / "K.txt").write_text("100 0 63.5 0 100 47.5 0 0 1\n0.1\n")
     return here
 
 
 def test_every_command_runs(place, tmp_path_factory):
     pairs = generated(tmp_path_factory, "stereo", "--scenes", "4", "--val_scenes", "2", "--size", "96x128")
-    paths = {"data/tiny/stereo/val": pairs / "val", "workspace/stereo_tiny": place / "tiny", "model_best_bp2.pth": place / "model.pth",
-             "data/fsd": place / "fsd", "data/middlebury": place / "middlebury", "data/mine": place / "mine", "data/converted": place / "converted",
-             "check.png": place / "check.png", "pairs.csv": place / "pairs.csv", "bad.txt": place / "bad.txt", "left.png": place / "left.png",
-             "right.png": place / "right.png", "K.txt": place / "K.txt", "--out disparity": f"--out {place}/disparity", "--out cloud": f"--out {place}/cloud",
-             "workspace/": f"{place}/run_", "{name: fsd, ": "{", "{name: middlebury, ": "{", ", weight: 1}": "}", ", weight: 0.2}": "}", ", {": ",{", '"': "",
-             ": ": ":"}  # fmt: skip
+    here = ("my_data.yaml", "check.png", "pairs.csv", "bad.txt", "left.png", "right.png", "K.txt")
+    paths = {name: place / name for name in here} | {"data/tiny/stereo/val": pairs / "val", "workspace/stereo_tiny": place / "tiny"}
+    paths |= {f"data/{name}": place / name for name in ("fsd", "middlebury", "converted")} | {"model_best_bp2.pth": place / "model.pth"}
+    paths |= {f"--out {name}": f"--out {place}/{name}" for name in ("disparity", "cloud")} | {"workspace/": f"{place}/run_"}
     commands = readme_commands(ROOT / "stereo" / "README.md")
     assert len(commands) == 12
     outputs = []
     for text in commands:
         extra = []
         if "-m synth" in text:
-            text, extra = (
-                text.replace("data/tiny/stereo", str(place / "generated")),
-                ["--scenes", "1", "--val_scenes", "1", "--size", "64x64"],
-            )
+            text = text.replace("data/tiny/stereo", str(place / "generated"))
+            extra = ["--scenes", "1", "--val_scenes", "1", "--size", "64x64"]
         elif "stereo/train.py" in text:
             extra = list(SMALL)
             text = text.replace("--vit_checkpoint depth_anything_v2_vitl.pth", "").replace("--cnn_checkpoint edgenext_small.pth", "")
@@ -58,7 +64,7 @@ def test_every_command_runs(place, tmp_path_factory):
                 extra += ["--data.datasets.0.path", pairs / "train"]
         elif "eval.py" in text or "infer.py" in text:
             extra = ["--iters", "1"]
-        outputs.append(run_small(text.replace("path: ", "path:"), extra, paths))
+        outputs.append(run_small(text, extra, paths))
         if "tiny.yaml" in text:  # stands for the published weights from here on
             (model,) = (place / "tiny" / "checkpoint").glob("00000001.pt")
             shutil.copy(model, place / "model.pth")
@@ -105,10 +111,11 @@ def test_help_lists_every_key():
 def test_messages_quoted_in_the_readme_are_ours():
     table = (ROOT / "stereo" / "README.md").read_text().split("## Troubleshooting")[1]
     sources = "".join(path.read_text() for folder in ("stereo", "common") for path in (ROOT / folder).glob("*.py"))
-    for words in ("the monocular branch is frozen and needs trained weights", "no such folder of stereo pairs", "no pair in the form of",
-                  "left/disparity is missing or empty", "but the views of a rectified pair have one size", "too few pixels below max_disparity",
-                  "not the three-channel code", "both must be multiples of 32", "has no entry in", "checkpoint has corr_levels=", "bad sample replaced",
-                  "were unreadable", "steps in a row had a non-finite loss or gradient", "is in use by another run"):  # fmt: skip
+    quoted = """the monocular branch is frozen and needs trained weights; no such folder of stereo pairs; no pair in the form of
+        left/disparity is missing or empty; but the views of a rectified pair have one size; too few pixels below max_disparity
+        not the three-channel code; both must be multiples of 32; has no entry in; checkpoint has corr_levels=; bad sample replaced
+        were unreadable; steps in a row had a non-finite loss or gradient; is in use by another run"""
+    for words in (words.strip() for line in quoted.split("\n") for words in line.split(";")):
         assert words in table and words in sources, words
 
 

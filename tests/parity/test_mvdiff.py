@@ -468,7 +468,9 @@ def check_single_image(case, arrays):
 
 def check_seed_dataset(case, arrays):
     given, config, spec, want = tensors(case, arrays), case["config"], case["inputs_spec"], case["expected"]
-    images = {"image_vae": "image_u8"} | {one["expected"]: one["image"].removeprefix("in_") for one in spec.get("images", {}).values()}
+    images = {"image_vae": "image_u8"} | {
+        one["expected"]: one["image"].removeprefix("in_") for one in spec.get("images", {}).values()
+    }
     for entry in want:
         if entry == "image_clip":
             out = clip.preprocess_pil(given["image_u8"].numpy())
