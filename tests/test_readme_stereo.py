@@ -41,6 +41,7 @@ def place(tmp_path_factory):
     return here
 
 
+@pytest.mark.slow
 def test_every_command_runs(place, tmp_path_factory):
     pairs = generated(tmp_path_factory, "stereo", "--scenes", "4", "--val_scenes", "2", "--size", "96x128")
     here = ("my_data.yaml", "check.png", "pairs.csv", "bad.txt", "left.png", "right.png", "K.txt")
