@@ -11,7 +11,7 @@ PY = .venv/bin/python
 	touch $@
 
 demo: .venv/ready
-	$(PY) tests/demo.py
+	$(PY) bench/demo.py
 
 test: .venv/ready
 	$(PY) -m pytest -n 2 --dist loadgroup -m "not slow"
@@ -23,4 +23,4 @@ lint: .venv/ready
 	.venv/bin/ruff check .
 
 bench: .venv/ready
-	$(PY) bench/bench.py lbm
+	set -e; for system in lbm stereo moge pi3 mvdiff; do $(PY) bench/bench.py $$system; done

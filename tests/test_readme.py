@@ -22,6 +22,8 @@ def test_commands_and_folders_named_in_the_readme_exist():
     text, make = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w[\w-]*)", text, re.M):
         assert re.search(rf"^{target}:", make, re.M), target
+    for script in re.findall(r"\$\(PY\) (\S+\.py)", make):
+        assert (ROOT / script).exists(), script
     folders = re.findall(r"\[`(\w+)/`\]\(([\w/.]+)\)", text)
     assert folders
     for name, link in folders:
