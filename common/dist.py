@@ -112,21 +112,9 @@ def _reduce(tensor: torch.Tensor, op=td.ReduceOp.SUM) -> torch.Tensor:
     return tensor
 
 
-def barrier(phase: str = "") -> None:
-    """Wait for all ranks."""
-    if phase:
-        at(_place["step"], phase)
-    _reduce(torch.zeros(1))
-
-
 def any_rank(flag: bool) -> bool:
     """True on every rank when flag is true on one."""
     return bool(_reduce(torch.tensor(float(flag))))
-
-
-def finite_everywhere(*tensors: torch.Tensor) -> bool:
-    """True on every rank when all values of all tensors are finite on all ranks: one reduction, one host sync."""
-    return not _reduce(torch.stack([~t.detach().isfinite().all() for t in tensors]).any().float())
 
 
 def all_sum(values: dict) -> dict[str, float]:

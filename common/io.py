@@ -1,4 +1,4 @@
-"""Files of unknown origin, read with care: images, 16-bit PNG with text, npy, pickle; and writers for images and PLY.
+"""Files of unknown origin, read with care: images, 16-bit PNG with text, npy; and writers for images and PLY.
 
 Every reader raises OSError or ValueError that names the file, before any harm is done.
 """
@@ -6,10 +6,8 @@ Every reader raises OSError or ValueError that names the file, before any harm i
 import io
 import math
 import os
-import pickle
 import struct
 import zlib
-from collections import OrderedDict
 from pathlib import Path
 
 import cv2
@@ -78,58 +76,8 @@ def write_ply(path, points: np.ndarray, colors: np.ndarray | None = None, normal
     _write(path, header.encode(), vertices.tobytes())
 
 
-class _Kind:
-    """Stands for numpy.dtype in a pickle: numpy trusts the flags in a dtype's state, and forged ones make it follow raw bytes."""
-
-    def __init__(self, code: str, *_):
-        self.dtype = np.dtype(code)
-        if self.dtype.kind not in "biufcSUO":
-            raise ValueError(f"refused, arrays of type {code} are not read")
-
-    def __setstate__(self, state):
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Array(np.ndarray):
-    def __setstate__(self, state):
-        super().__setstate__((*state[:2], state[2].dtype, *state[3:]))
-
-
-_PLAIN = (dict, list, tuple, set, frozenset, str, bytes, bytearray, int, float, bool, complex)
-_KNOWN = {f"builtins.{kind.__name__}": kind for kind in _PLAIN}
-_KNOWN |= {"numpy.ndarray": _Array, "numpy.dtype": _Kind, "collections.OrderedDict": OrderedDict}
-_KNOWN["_codecs.encode"] = lambda text, _: text.encode("latin1")  # bytes, in old protocols
-for _core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
-    _KNOWN[f"{_core}.multiarray._reconstruct"] = lambda *_: _Array(0)
-    _KNOWN[f"{_core}.multiarray.scalar"] = lambda kind, data: np.frombuffer(data, kind.dtype)[0]
-    _KNOWN[f"{_core}.numeric._frombuffer"] = lambda data, kind, size, order: np.ndarray(size, kind.dtype, data, order=order)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows numpy arrays and plain types; every other name is refused, and none is imported."""
-
-    def find_class(self, module, name):
-        full = f"{module.replace('__builtin__', 'builtins')}.{name}"
-        if full not in _KNOWN:
-            raise ValueError(f"refused, it wants to load {module}.{name}: only numpy arrays and plain types are read")
-        return _KNOWN[full]
-
-
-def load_pickle(path, file=None):
-    """Read a pickle (from an open `file`, if given) of numpy arrays and plain types.
-
-    Any other class is a ValueError that names it, and nothing is executed.
-    """
-    try:
-        return _Unpickler(file or io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
-    except OSError:
-        raise
-    except Exception as error:  # damaged pickles raise anything
-        raise ValueError(f"{path}: not a readable pickle: {error}") from None
-
-
-def load_npy(path):
-    """Read a .npy file; object arrays go through `load_pickle`, and a single stored object (a dict) is returned bare."""
+def load_npy(path, load_objects=None) -> np.ndarray:
+    """Read a .npy file. An array of Python objects is what load_objects(path, file) makes of its pickle; without it, refused."""
     with open(path, "rb") as file:
         try:
             version = np.lib.format.read_magic(file)
@@ -137,8 +85,9 @@ def load_npy(path):
         except Exception as error:
             raise ValueError(f"{path}: not a readable npy file: {error}") from None
         if dtype.hasobject:
-            array = load_pickle(path, file)
-            return array.item() if isinstance(array, np.ndarray) and array.shape == () else array
+            if load_objects is None:
+                raise ValueError(f"{path}: refused, it holds Python objects, not numbers")
+            return load_objects(path, file)
         wanted, present = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
         if min(shape, default=0) < 0 or wanted != present:
             raise ValueError(f"{path}: the header promises {shape} of {dtype}, {wanted} bytes, and {present} follow")

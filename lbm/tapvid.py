@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.io import load_pickle
+from lbm.unpickle import load_pickle
 
 FILES = {"davis": "*davis*.pkl", "kinetics": "*_of_*.pkl", "robotap": "robotap_split*.pkl", "rgb_stacking": "*stacking*.pkl"}
 MEMORY_SIZE = {"davis": 20, "kinetics": 36, "robotap": 60, "rgb_stacking": 20}  # memory slots at test time

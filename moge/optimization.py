@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from common.config import arithmetic
+from moge.arithmetic import arithmetic
 
 
 def build_optimizer(model: nn.Module, config: dict) -> torch.optim.Optimizer:
@@ -95,13 +95,20 @@ def set_lr(optimizer: torch.optim.Optimizer, config: dict | None, step: int) -> 
 
 
 @torch.no_grad()
-def update_ema(average: Sequence[Tensor], current: Iterable[Tensor], updates: int, decay: float = 0.999) -> int:
+def update_ema(
+    average: Sequence[Tensor], current: Iterable[Tensor], updates: int, decay: float = 0.999, skip: Tensor | None = None
+) -> int:
     """average = decay * average + (1 - decay) * current, in place; the first update copies. Returns updates + 1.
 
-    The number of updates so far belongs into the checkpoint: a resumed average must not be overwritten.
+    The number of updates so far belongs into the checkpoint: a resumed average must not be overwritten. skip: scalar on the
+    device, 1 where the step did not count: then the averages stay as they are, and the host does not wait to know.
     """
     current = list(current)
-    if updates == 0:
+    if skip is not None:
+        change = torch._foreach_sub(current, list(average))
+        torch._foreach_mul_(change, (1 - skip) * (1 - decay if updates else 1))
+        torch._foreach_add_(list(average), change)
+    elif updates == 0:
         torch._foreach_copy_(list(average), current)
     else:
         torch._foreach_lerp_(list(average), current, 1 - decay)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from common import io
+from lbm.unpickle import load_npy, load_pickle
 
 RNG = np.random.default_rng(0)
 PICTURE = cv2.GaussianBlur(RNG.integers(0, 256, (40, 56, 3), dtype=np.uint8), (0, 0), 2)
@@ -150,7 +151,7 @@ def equal(a, b) -> bool:
 @pytest.mark.parametrize("protocol", range(6))
 def test_pickles_of_arrays_and_plain_types_are_read(tmp_path, protocol):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(DATA, protocol))
-    assert equal(io.load_pickle(tmp_path / "a.pkl"), DATA)
+    assert equal(load_pickle(tmp_path / "a.pkl"), DATA)
 
 
 class Attack:
@@ -181,14 +182,16 @@ def test_foreign_classes_are_refused_and_nothing_is_executed(tmp_path, protocol)
         for value in (attack, {"video": np.zeros(3), "x": [attack]}):
             (tmp_path / "bad.pkl").write_bytes(pickle.dumps(value, protocol))
             with pytest.raises(ValueError, match=rf"bad\.pkl.*refused.*{name.split('.')[1]}"):
-                io.load_pickle(tmp_path / "bad.pkl")
+                load_pickle(tmp_path / "bad.pkl")
             np.save(tmp_path / "bad.npy", np.array(value, object), allow_pickle=True)
             with pytest.raises(ValueError, match=rf"bad\.npy.*refused.*{name.split('.')[1]}"):
+                load_npy(tmp_path / "bad.npy")
+            with pytest.raises(ValueError, match=r"bad\.npy.*refused"):
                 io.load_npy(tmp_path / "bad.npy")
     dotted = b"\x80\x04\x8c\x08builtins\x8c\x0ddict.fromkeys\x93."  # an attribute of an allowed class is not allowed
     (tmp_path / "dotted.pkl").write_bytes(dotted)
     with pytest.raises(ValueError, match=r"refused.*dict\.fromkeys"):
-        io.load_pickle(tmp_path / "dotted.pkl")
+        load_pickle(tmp_path / "dotted.pkl")
     assert not marker.exists()
     pickle.loads(pickle.dumps(attacks(marker)["posix.system"]))  # the attack is a real one
     assert marker.exists()
@@ -213,12 +216,12 @@ def test_forged_dtypes_do_not_reach_numpy(tmp_path):
         return pickle.dumps(Reduced(make, (np.ndarray, (0,), b"b"), (1, (2,), kind, False, b"A" * 16)))
 
     (tmp_path / "flags.pkl").write_bytes(stored("U2", (3, "<", None, None, None, 8, 4, 63)))
-    array = io.load_pickle(tmp_path / "flags.pkl")
+    array = load_pickle(tmp_path / "flags.pkl")
     assert array.dtype == np.dtype("<U2") and array.dtype.flags == np.dtype("<U2").flags
     fields = {"a": (np.dtype("O"), 0)}
     (tmp_path / "fields.pkl").write_bytes(stored("V8", (3, "|", None, ("a",), fields, 8, 1, 0)))
     with pytest.raises(ValueError, match=r"fields\.pkl.*refused"):
-        io.load_pickle(tmp_path / "fields.pkl")
+        load_pickle(tmp_path / "fields.pkl")
 
 
 def test_npy_round_trip(tmp_path):
@@ -227,10 +230,10 @@ def test_npy_round_trip(tmp_path):
         np.arange(3, dtype=">i4"), np.float32(3), np.zeros((0, 3)), np.array([(1, 2.0)], "i4,f8"),
     ):  # fmt: skip
         np.save(tmp_path / "a.npy", array)
-        got = io.load_npy(tmp_path / "a.npy")
+        got = load_npy(tmp_path / "a.npy")
         assert got.dtype == array.dtype and got.shape == array.shape and np.array_equal(got, array)
     np.save(tmp_path / "a.npy", DATA, allow_pickle=True)
-    assert equal(io.load_npy(tmp_path / "a.npy"), DATA)
+    assert equal(load_npy(tmp_path / "a.npy"), DATA)
 
 
 def npy(header: str, body: bytes = b"") -> bytes:
@@ -256,11 +259,11 @@ def npy(header: str, body: bytes = b"") -> bytes:
 def test_npy_headers_that_lie_are_refused(tmp_path, data):
     (tmp_path / "bad.npy").write_bytes(data)
     with pytest.raises(ValueError, match=r"bad\.npy"):
-        io.load_npy(tmp_path / "bad.npy")
+        load_npy(tmp_path / "bad.npy")
 
 
 def test_missing_files_are_named(tmp_path):
-    for read in (io.load_npy, io.load_pickle, io.read_png16):
+    for read in (io.load_npy, load_npy, load_pickle, io.read_png16):
         with pytest.raises(FileNotFoundError, match="gone"):
             read(tmp_path / "gone")
 
@@ -309,6 +312,6 @@ def test_damaged_files_read_or_raise_by_name(tmp_path_factory, seed, edits, keep
     path = tmp_path_factory.getbasetemp() / f"fuzz.{kind}"
     path.write_bytes(data if keep > 0.5 else data[: int(2 * keep * len(data))])
     try:
-        {"png": io.read_png16, "npy": io.load_npy, "pkl": io.load_pickle}[kind](path)
+        {"png": io.read_png16, "npy": load_npy, "pkl": load_pickle}[kind](path)
     except (OSError, ValueError) as error:
         assert path.name in str(error)

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from common.io import load_pickle, read_image, read_png16
+from common.io import read_image, read_png16
+from lbm.unpickle import load_pickle
 from synth import lbm, moge, mvdiff, output, pi3, raster, shapes, stereo
 from synth.__main__ import main
 from synth.scene import Camera, Posed, cast, look_at, pixel_centres, render
