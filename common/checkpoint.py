@@ -194,6 +194,16 @@ def load_weights(path) -> dict[str, torch.Tensor]:
     return {k.removeprefix("module."): v for k, v in tensors.items()}
 
 
+def apply_optimizer(optimizer, scaler, saved: dict) -> None:
+    """Load {"optimizer", "scaler"}: moments and loss scale. Rates and decays stay the config's, should it have changed."""
+    groups, old = optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in old]:
+        raise ValueError("the checkpoint's optimizer has other parameter groups: choose another workspace, or `init` from its weights")
+    optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+    if scaler.is_enabled() and saved.get("scaler"):
+        scaler.load_state_dict(saved["scaler"])
+
+
 def apply_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], strict: bool = True) -> str:
     """Load state into module. Returns a report of missing, unexpected and wrong-shape names; ValueError with it when strict."""
     own = module.state_dict()

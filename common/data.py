@@ -97,7 +97,7 @@ def _start_worker(_):
     torch.set_num_threads(1)
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # drops one that came since the fork; from now on the trainer may send it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # sent to all of a job's processes: the trainer saves first
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
@@ -108,6 +108,7 @@ def loader(dataset, batches, workers: int, collate=None, prefetch: int = 2, pin:
     """
     options = {"num_workers": workers, "worker_init_fn": _start_worker, "prefetch_factor": prefetch if workers else None}
     options["pin_memory"] = torch.cuda.is_available() if pin is None else pin
+    options["multiprocessing_context"] = "fork" if workers else None  # datasets need not be picklable
     options["generator"] = torch.Generator()  # DataLoader draws from it: leave the global one alone
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -153,6 +153,12 @@ def all_equal(tensor: torch.Tensor) -> bool:
     return bool((high == -low).all())
 
 
+def check_drift(parameters, step: int) -> None:
+    """RuntimeError on every rank where the parameters are not the same, bit for bit, on all: one pass over them, one reduction."""
+    if not all_equal(checksum(parameters)):
+        raise RuntimeError(f"the ranks' parameters differ at step {step}: nothing saved; the last checkpoint is good")
+
+
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """A well mixed 64-bit seed, a pure function of its arguments."""
     return int(np.random.SeedSequence([seed, step, rank, 1]).generate_state(1, np.uint64)[0])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import config, data, dist
-from common.checkpoint import Checkpoints, apply_weights
+from common.checkpoint import Checkpoints, apply_optimizer, apply_weights
 from common.guard import StepGuard
 from common.log import Logger, Progress
 from lbm.dataset import KubricDataset
@@ -132,14 +132,12 @@ def resume(cfg, checkpoints: Checkpoints, model: LBM, optimizer, scaler, log: Lo
     if path.is_file() and not Checkpoints.owns(path):  # an official file, or a best_*.pt of ours
         loaded = load_checkpoint(model, path)
         if loaded["optimizer"] is not None:
-            optimizer.load_state_dict(loaded["optimizer"])
-            scaler.load_state_dict(loaded["scaler"] or {})
+            apply_optimizer(optimizer, scaler, loaded)
             start["step"] = loaded["epoch"] * steps_per_epoch
         notes = [*loaded["notes"], f"{path}: weights loaded, going on at step {start['step']}"]
     elif state := checkpoints.load(cfg.checkpoint):
         apply_weights(model, state[""]["model"])
-        optimizer.load_state_dict(state["optimizer"]["optimizer"])
-        scaler.load_state_dict(state["optimizer"]["scaler"])
+        apply_optimizer(optimizer, scaler, state["optimizer"])
         start = {"step": state["step"], "skipped": state["optimizer"]["skipped"], "best": state["optimizer"]["best"]}
         notes = [f"resumed at step {state['step']}"]
     else:
@@ -209,6 +207,7 @@ def main() -> None:
         step += 1
 
         if step % cfg.log_every == 0 or step == last_step:
+            dist.check_drift(model.parameters(), step)
             losses = dist.all_mean({f"loss/{name}": out[name] for name in ("loss", *LOSS_NAMES)})
             state = {
                 "train/grad_norm": out["grad_norm"],
@@ -233,8 +232,7 @@ def main() -> None:
         if step % save_every == 0 or step == last_step or stopping:
             dist.at(step, "save")
             guard.settle()
-            if not dist.all_equal(dist.checksum(model.parameters())):
-                raise RuntimeError(f"the ranks' parameters differ at step {step}: nothing saved; the last checkpoint is good")
+            dist.check_drift(model.parameters(), step)
             if dist.is_main():
                 run = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "skipped": guard.skipped, "best": best}
                 checkpoints.save(step, {"": {"model": model.state_dict(), "config": model_config(cfg)}, "optimizer": run})
