@@ -16,10 +16,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.io import write_image
-from pi3.dataset import TartanAir, read_sample
+from pi3.dataset import read_sample
 from pi3.geometry import unproject
 from pi3.loss import pi3_loss
 from pi3.model import Pi3, freeze
+from pi3.readers import TartanAir
 from pi3.schedule import parameter_groups
 
 SMALL = {"enc_dim": 384, "enc_depth": 6, "enc_heads": 6, "dec_dim": 384, "dec_depth": 12, "dec_heads": 6}

@@ -7,6 +7,7 @@ pose: 10 random views of a sequence; share of the view pairs whose relative rota
   right within 5, 15, 30 degrees, and the area under that curve for the larger of the two errors (AUC), in per cent.
 trajectory, points, depth: every --stride-th frame of a sequence in one pass. ATE and RPE after a similarity alignment; accuracy,
   completeness and normal consistency after similarity and ICP; depth errors after one alignment per sequence.
+--permutation passes the views of `pose` a second time in reversed order and reports the largest difference of the outputs.
 """
 
 import argparse
@@ -24,12 +25,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import data, dist
+from common.io import write_image
 from pi3 import metrics
 from pi3.augment import inference_size
-from pi3.dataset import CO3D, Mixture, RGBDFolder, ScanNet, TartanAir, sequence_name, unpack
+from pi3.dataset import Mixture, unpack
+from pi3.draw import top_down, training_picture
 from pi3.geometry import inverse_se3, transform, unproject, valid_depth
 from pi3.loss import has_normals, pi3_loss
 from pi3.model import PATCH, Pi3
+from pi3.readers import CO3D, RGBDFolder, ScanNet, TartanAir, sequence_name
 from pi3.weights import load_model
 
 THRESHOLDS = (5, 15, 30)
@@ -42,6 +46,16 @@ def predict(model: Pi3, imgs: Tensor, dtype: torch.dtype | None = None) -> dict[
     """The network's output for imgs (B, N, 3, H, W) in [0, 1] under autocast to `dtype`; all of it float32."""
     with torch.autocast(imgs.device.type, dtype, enabled=dtype is not None):
         return model(imgs)
+
+
+def permutation_difference(model: Pi3, imgs: Tensor, dtype: torch.dtype | None = None) -> float:
+    """Largest difference between the outputs for imgs (B, N, 3, H, W) and those for the same views in reversed order, put back.
+
+    In units of each output's largest value: rounding, for a network to which no view is special.
+    """
+    out, turned = predict(model, imgs, dtype), predict(model, imgs.flip(1), dtype)
+    names = [name for name in ("local_points", "camera_poses", "points", "conf") if out.get(name) is not None]
+    return max(float((turned[name].flip(1) - out[name]).abs().max() / out[name].abs().max()) for name in names)
 
 
 def point_error(points: Tensor, target: Tensor, mask: Tensor, most: int = 20_000) -> float:
@@ -72,9 +86,10 @@ def validate_samples(
     model: Pi3, source: Mixture, count: int, views: int, size: tuple[int, int], batch: int, device: torch.device,
     dtype: torch.dtype | None = None, workers: int = 0, max_batches: int | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Mean losses, point_error and pooled pose accuracy over `count` fixed samples of `source`, shared out over the ranks.
+    """Mean losses, point_error, pooled pose accuracy and median pair errors (degrees) over `count` fixed samples of `source`.
 
-    Each sample counts once and by itself, so the result depends neither on the batch size nor on the number of ranks.
+    The samples are shared out over the ranks. Each counts once and by itself, so the result depends neither on the batch size nor
+    on the number of ranks.
     """
     rank, world = dist.rank(), dist.world_size()
     mine = list(range(rank, count, world))
@@ -100,8 +115,9 @@ def validate_samples(
     sums = [part for part in dist.gather({name: float(value) for name, value in sums.items()}) if part]
     rotation, translation = (np.concatenate([row[key] for row in rows]) for key in ("rotation", "translation"))
     losses = {name: sum(part[name] for part in sums) / len(rows) for name in sums[0]}
-    points = float(np.nanmean([row["point_error"] for row in rows]))
-    return losses | metrics.pose_accuracy(rotation, translation, THRESHOLDS) | {"point_error": points, "samples": len(rows)}
+    pairs = {"rot_deg": float(np.median(rotation)), "trans_deg": float(np.median(translation))}
+    pairs |= metrics.pose_accuracy(rotation, translation, THRESHOLDS)
+    return losses | pairs | {"point_error": float(np.nanmean([row["point_error"] for row in rows])), "samples": len(rows)}
 
 
 # whole sequences
@@ -156,7 +172,27 @@ def evaluate_sequence(model: Pi3, reader, item: int, numbers: list, args, device
             row |= score() if name in args.metrics else {}
         except ValueError as error:  # fewer than three frames, or a camera that stands still
             print(f"{sequence_name(reader, item)}: {name} left out: {error}", flush=True)
+    if args.pictures and mask.sum() >= 3:
+        draw_sequence(Path(args.pictures) / sequence_name(reader, item).replace("/", "_"), pred, truth)
     return row
+
+
+def draw_sequence(path: Path, pred: dict[str, Tensor], truth: dict[str, Tensor], most: int = 6) -> None:
+    """Write `path`_depth.png: images, true and predicted depth of at most `most` views; `path`_map.png: predicted cameras and points
+    from above after a similarity alignment, true cameras in grey. `pred` without a batch axis, `truth` with one. Needs 3 valid pixels."""
+    mask, world = truth["mask"][0].numpy(), transform(truth["poses"], truth["local_points"])[0].numpy()
+    images = (truth["imgs"][0].permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    shown = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int)
+    maps = truth["depth"][0].numpy(), mask, pred["local_points"][..., 2].numpy()
+    write_image(path.with_name(path.name + "_depth.png"), training_picture(images[shown], *(values[shown] for values in maps)))
+    chosen = np.flatnonzero(mask)
+    chosen = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), 50_000)).astype(int)]
+    points, target = (values.reshape(-1, 3)[chosen] for values in (pred["points"].numpy(), world))
+    c, R, t = metrics.umeyama(points, target)
+    poses = pred["camera_poses"].numpy().astype(np.float64)
+    poses[:, :3] = np.concatenate([R @ poses[:, :3, :3], (c * poses[:, :3, 3] @ R.T + t)[..., None]], 2)
+    picture = top_down(poses, c * points @ R.T + t, images.reshape(-1, 3)[chosen], truth=truth["poses"][0].numpy())
+    write_image(path.with_name(path.name + "_map.png"), picture)
 
 
 def make_reader(kind: str, root: str, split: str = "test", depth_scale: float = 1000.0):
@@ -184,8 +220,11 @@ def main() -> None:
     parser.add_argument("--align", default="l1_scale_shift", choices=ALIGNMENTS, help="depth: how it is brought to the truth's scale")
     parser.add_argument("--max_depth", type=float, help="depth: truth beyond does not count")
     parser.add_argument("--depth_scale", type=float, default=1000.0, help="folder: units of the 16-bit depth per metre")
+    parser.add_argument("--min_frames", type=int, default=2, help="leave out sequences with fewer usable frames; CO3D's protocol: 50")
     parser.add_argument("--limit", type=int, help="only the first so many sequences")
     parser.add_argument("--amp", default="on", choices=["off", "on", "bf16", "fp16"], help="on a GPU only")
+    parser.add_argument("--permutation", action="store_true", help="how much the outputs depend on the order of the views")
+    parser.add_argument("--pictures", help="folder for pictures of each sequence: true and predicted depth, cameras from above")
     parser.add_argument("--out", help="CSV file with one row per sequence")
     args = parser.parse_args()
 
@@ -193,17 +232,22 @@ def main() -> None:
     dtype = dist.autocast_dtype(args.amp, device) if device.type == "cuda" else None
     reader = make_reader(args.kind, args.data, args.split, args.depth_scale)
     model = load_model(args.ckpt, device)
-    rng, count = np.random.default_rng(42), min(len(reader), args.limit or len(reader))
-    drawn = [rng.permutation(len(reader.numbers(item))) for item in range(count)]  # the same on all ranks
-    rows = []
-    for item in tqdm(range(dist.rank(), count, dist.world_size()), desc="sequences", disable=None if dist.is_main() else True):
+    items = [item for item in range(len(reader)) if len(reader.numbers(item)) >= args.min_frames][: args.limit]
+    if not items:
+        raise SystemExit(f"{args.data}: no sequence of at least {args.min_frames} usable frames")
+    rng, rows = np.random.default_rng(42), []
+    drawn = {item: rng.permutation(len(reader.numbers(item))) for item in items}  # the same on all ranks
+    mine = items[dist.rank() :: dist.world_size()]
+    for item in tqdm(mine, desc="sequences", disable=None if dist.is_main() else True):
         dist.at(item, f"evaluate {sequence_name(reader, item)}")
         numbers, row = reader.numbers(item), {"sequence": sequence_name(reader, item)}
-        if "pose" in args.metrics:
+        if "pose" in args.metrics or args.permutation:
             truth = read_views(reader, item, [numbers[i] for i in drawn[item][: args.views]], args.width)
-            pred = predict(model, truth["imgs"].to(device), dtype)
-            row |= sample_scores({k: v.cpu() for k, v in pred.items() if v is not None}, truth)
-        if {"trajectory", "points", "depth"} & set(args.metrics):
+            imgs = truth["imgs"].to(device)
+            if "pose" in args.metrics:
+                row |= sample_scores({k: v.cpu() for k, v in predict(model, imgs, dtype).items() if v is not None}, truth)
+            row |= {"permutation": permutation_difference(model, imgs, dtype)} if args.permutation else {}
+        if {"trajectory", "points", "depth"} & set(args.metrics) or args.pictures:
             chosen = numbers[:: args.stride][: args.max_frames]
             row |= evaluate_sequence(model, reader, item, chosen, args, device, dtype) | {"frames": len(chosen)}
         rows.append(row)
@@ -220,6 +264,8 @@ def report(rows: list[dict], out: str | None) -> None:
         pairs = [np.concatenate([row[key] for row in rows]) for key in ("rotation", "translation")]
         pooled = metrics.pose_accuracy(*pairs, THRESHOLDS)
         print("pose        " + "  ".join(f"{name.upper()} {value:.2f}" for name, value in pooled.items()))
+        turn, direction = map(np.median, pairs)
+        print(f"            median of the pairs: rotation {turn:.2f} degrees, direction of translation {direction:.2f} degrees")
         for row in rows:
             errors = [np.array(row.pop(key)) for key in ("rotation", "translation")]
             row |= metrics.pose_accuracy(*errors, THRESHOLDS)
@@ -233,6 +279,8 @@ def report(rows: list[dict], out: str | None) -> None:
     if scored := [{name: row[name] for name in names} for row in rows if "abs_rel" in row]:
         pooled = metrics.pool_depth_errors(scored)
         print("depth       " + "  ".join(f"{name} {pooled[name]:.4f}" for name in names[:-1]))
+    if "permutation" in rows[0]:
+        print(f"permutation largest relative difference {max(row['permutation'] for row in rows):.1e}")
     if out:
         with open(out, "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))

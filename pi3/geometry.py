@@ -6,11 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def complete(top: Tensor) -> Tensor:
+    """Rigid motions (..., 4, 4) of their upper rows (..., 3, 4)."""
+    # the last row is made on the device: copying it there from a Python list would make the host wait
+    return torch.cat([top, F.pad(torch.ones_like(top[..., :1, :1]), (3, 0))], -2)
+
+
 def inverse_se3(pose: Tensor) -> Tensor:
     """Inverse of rigid motions (..., 4, 4) from R^T and t; the last row of the input is taken to be (0, 0, 0, 1)."""
     Rt = pose[..., :3, :3].transpose(-1, -2)
-    top = torch.cat([Rt, -Rt @ pose[..., :3, 3:]], -1)  # (..., 3, 4)
-    return torch.cat([top, pose.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*top.shape[:-2], 1, 4)], -2)
+    return complete(torch.cat([Rt, -Rt @ pose[..., :3, 3:]], -1))
 
 
 def transform(pose: Tensor, points: Tensor) -> Tensor:
@@ -40,6 +45,24 @@ def valid_depth(depth: Tensor, world_points: Tensor, z_far: Tensor | float = 0.0
     z_far = torch.as_tensor(z_far, device=depth.device, dtype=depth.dtype)
     z_far = z_far.view(z_far.shape + (1,) * (depth.ndim - z_far.ndim))
     return (depth > 0) & ((depth < z_far) | (z_far <= 0)) & world_points.isfinite().all(-1)
+
+
+def overlap(points: Tensor, depth: Tensor, K: Tensor, poses: Tensor, mask: Tensor, rtol: float = 0.05) -> Tensor:
+    """Mask (N, N, H, W): entry [i, j] has the pixels of view i whose point view j sees, its depth there agreeing within `rtol`.
+
+    points (N, H, W, 3) in each camera's frame, depth (N, H, W), K (N, 3, 3), poses (N, 4, 4) camera-to-world, mask (N, H, W).
+    """
+    N, H, W = depth.shape
+    seen = torch.zeros(N, N, H, W, dtype=torch.bool, device=depth.device)
+    world, to_camera = transform(poses, points), inverse_se3(poses)
+    for j in range(N):
+        local = transform(to_camera[j].expand(N, 4, 4), world)
+        u, v, z = (local @ K[j].T).unbind(-1)
+        x, y = (u / z).round().nan_to_num(-1, -1, -1), (v / z).round().nan_to_num(-1, -1, -1)
+        inside = mask & (z > 0) & (x >= 0) & (y >= 0) & (x < W) & (y < H)
+        index = y.clamp(0, H - 1).long(), x.clamp(0, W - 1).long()
+        seen[:, j] = inside & mask[j][index] & ((depth[j][index] - z).abs() < rtol * z)
+    return seen
 
 
 def nearest_rotation(M: Tensor) -> Tensor:

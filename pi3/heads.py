@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pi3.attention import Block, CrossBlock, Rope
-from pi3.geometry import nearest_rotation
+from pi3.geometry import complete, nearest_rotation
 
 
 class HeadTransformer(nn.Module):
@@ -93,8 +93,7 @@ class CameraHead(nn.Module):
             tokens = block(tokens)
         x = self.more_mlps(tokens.mean(1))
         R, t = rotation_from_raw(self.fc_rot(x)), self.fc_t(x)
-        top = torch.cat([R, t[..., None]], -1)  # (B, 3, 4)
-        return torch.cat([top, top.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(len(top), 1, 4)], 1)
+        return complete(torch.cat([R, t[..., None]], -1))
 
 
 def rotation_from_raw(raw: Tensor) -> Tensor:

@@ -146,6 +146,8 @@ class SegFormer(nn.Module):
         super().__init__()
         self.backbone = MixTransformer()
         self.decode_head = DecodeHead()
+        for name, values in (("mean", MEAN), ("std", STD)):  # not in the official file
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True):
@@ -162,7 +164,7 @@ class SegFormer(nn.Module):
         """
         x = images.flatten(0, -4)
         if normalise:
-            x = (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+            x = (x - self.mean) / self.std
         size = images.shape[-2:]
         resize = lambda logits: F.interpolate(logits, size, mode="bilinear", align_corners=False)
         masks = [resize(self(part)).argmax(1) == SKY for part in x.split(chunk)]

@@ -14,7 +14,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of pi3/
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import nn
@@ -23,14 +24,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common import config, data, dist
-from common.checkpoint import Checkpoints, apply_weights
+from common.checkpoint import Checkpoints, apply_optimizer, apply_weights
 from common.guard import StepGuard
 from common.log import Logger, Progress
-from pi3.dataset import CO3D, Mixture, RGBDFolder, ScanNet, TartanAir, step_keys, unpack
+from pi3.dataset import Mixture, step_keys, unpack
 from pi3.draw import training_picture
 from pi3.eval import validate_samples
 from pi3.loss import has_normals, pi3_loss
 from pi3.model import Pi3, freeze
+from pi3.readers import CO3D, RGBDFolder, ScanNet, TartanAir
 from pi3.sampling import all_resolutions, sample_resolutions
 from pi3.schedule import beta1_at, lr_at, parameter_groups
 from pi3.segformer import SegFormer, load_segformer
@@ -57,6 +59,14 @@ def transformer_blocks(model: Pi3) -> list[nn.Module]:
     """What is compiled, and split among processes, one by one."""
     heads = [model.point_decoder, model.camera_decoder, model.conf_decoder, model.global_points_decoder]
     return [*model.encoder.blocks, *model.decoder, *(block for head in heads if head is not None for block in head.blocks)]
+
+
+def compile_blocks(model: Pi3, one_size: bool, backend: str = "inductor") -> None:
+    """Compile the blocks one by one; blocks of a kind share their graphs. `one_size`: all batches have the same shape."""
+    # within views or over them, one sample or several, with gradient or without: more graphs than the 8 that are kept by default
+    torch._dynamo.config.cache_size_limit = 64
+    for block in transformer_blocks(model):
+        block.compile(dynamic=False if one_size else None, backend=backend)
 
 
 def build_optimizer(model: nn.Module, t) -> torch.optim.AdamW:
@@ -184,15 +194,15 @@ def whole(tree):
     return [whole(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def load_optimizer(optimizer, state: dict) -> None:
+def load_optimizer(optimizer, scaler, run: dict) -> None:
     """Load a state of whole tensors; where the parameters are split, every process keeps its part."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, entry in state["state"].items():
+    for number, entry in run["optimizer"]["state"].items():
         p = params[number]
         if isinstance(p, DTensor):
             split = lambda t, p=p: distribute_tensor(t.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
             entry |= {key: split(value) for key, value in entry.items() if value.shape == p.shape and value.ndim}
-    optimizer.load_state_dict(state)
+    apply_optimizer(optimizer, scaler, run)
 
 
 def describe(cfg, dataset: Mixture, model: Pi3, dtype, device, step: int, last_step: int, total_steps: int) -> str:
@@ -243,9 +253,7 @@ def main() -> None:
             log.text(note)
     model.to(device)
     if cfg.compile:
-        fixed = t.resolution and t.image_num_range[0] == t.image_num_range[1]
-        for block in transformer_blocks(model):
-            block.compile(dynamic=False if fixed else None)
+        compile_blocks(model, one_size=bool(t.resolution) and t.image_num_range[0] == t.image_num_range[1])
     split = world > 1 and cfg.parallel == "fsdp"
     if split:
         for block in (*transformer_blocks(model), model):
@@ -261,8 +269,7 @@ def main() -> None:
     step, skipped, best = 0, 0, float("inf")
     if state and "optimizer" in state:
         run = state["optimizer"]
-        load_optimizer(optimizer, run["optimizer"])
-        scaler.load_state_dict(run["scaler"])
+        load_optimizer(optimizer, scaler, run)
         step, skipped, best = state["step"], run["skipped"], run["best"]
         log.text(f"resumed at step {step}")
     elif state:
@@ -290,6 +297,8 @@ def main() -> None:
         step += 1
 
         if step % cfg.log_every == 0 or step == last_step:
+            if not split:
+                dist.check_drift(model.parameters(), step)
             losses = dist.all_mean({f"loss/{name}": value for name, value in out["logged"].items()})
             run = {"train/grad_norm": out["grad_norm"], "train/lr": out["lr"], "train/skipped": guard.skipped}
             run |= {"train/bad_samples": bad.bad, "train/views": micro[0]["images"].shape[1], "train/pixels": out["first"][1][0].numel()}
@@ -302,7 +311,7 @@ def main() -> None:
         if test_sets and (step % validate_every == 0 or step == last_step):
             scores = validate(model, cfg, test_sets, device, dtype)
             log.scalars(step, {f"val/{name}": value for name, value in scores.items()})
-            names = ("loss", "auc@30", "rra@30", "rta@30", "point_error")
+            names = ("loss", "auc@30", "rra@30", "rta@30", "rot_deg", "trans_deg", "point_error")
             log.text(f"step {step}: " + "  ".join(f"{name} {scores[name]:.4g}" for name in names))
             if scores["loss"] < best:
                 best, weights = scores["loss"], whole(model.state_dict())
@@ -313,8 +322,8 @@ def main() -> None:
         if step % save_every == 0 or step == last_step or stopping:
             dist.at(step, "save")
             guard.settle()
-            if not split and not dist.all_equal(dist.checksum(model.parameters())):
-                raise RuntimeError(f"the ranks' parameters differ at step {step}: nothing saved; the last checkpoint is good")
+            if not split:
+                dist.check_drift(model.parameters(), step)
             weights, moments = whole(model.state_dict()), whole(optimizer.state_dict())
             if dist.is_main():
                 run = {"optimizer": moments, "scaler": scaler.state_dict(), "skipped": guard.skipped, "best": best}

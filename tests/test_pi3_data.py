@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -13,9 +14,10 @@ from runs import generated
 
 from common import data
 from pi3 import augment, sampling
-from pi3.dataset import CO3D, Mixture, RGBDFolder, ScanNet, TartanAir, read_sample, step_keys, unpack
+from pi3.dataset import Mixture, read_sample, step_keys, unpack
 from pi3.geometry import inverse_se3, transform, unproject
 from pi3.loss import pi3_loss
+from pi3.readers import CO3D, RGBDFolder, ScanNet, TartanAir, _tartanair_pose_file, read_invalid_list, write_invalid_list
 
 SIZE = (56, 42)
 
@@ -247,6 +249,10 @@ def test_rgbd_folder_that_is_broken(folder: Path):
     write(folder / "depth/001.png", np.zeros((96, 128), np.uint16))
     with pytest.raises(ValueError, match=r"frame 1: no valid depth"):
         read()
+    write(folder / "depth/001.png", np.full((96, 128), 200, np.uint8))
+    with pytest.raises(ValueError, match=r"001\.png: .* type uint8, expected depth of 16 bits"):
+        read()
+    write(folder / "depth/001.png", np.zeros((96, 128), np.uint16))
     (folder / "color/001.jpg").write_bytes(b"\xff\xd8 not a picture")
     with pytest.raises((ValueError, OSError), match=r"001\.jpg"):
         read()
@@ -257,6 +263,31 @@ def test_rgbd_folder_that_is_broken(folder: Path):
         read()
     with pytest.raises(FileNotFoundError, match="neither a sequence"):
         RGBDFolder(folder / "color")
+
+
+@pytest.mark.parametrize("content", ["100 0 64\n0 100 48\n", "100 0 64\n0 nan 48\n0 0 1\n", "fx fy cx cy\n", None])
+def test_broken_intrinsics_are_named(folder: Path, content: str | None):
+    (folder / "intrinsics.txt").write_text(content) if content else os.remove(folder / "intrinsics.txt")
+    with pytest.raises((ValueError, OSError), match=r"intrinsics\.txt"):
+        RGBDFolder(folder)
+
+
+def test_a_sequence_with_too_few_frames_is_replaced(scannet: Path, tmp_path: Path):
+    """One usable frame makes no sample: another sequence of the same data set takes its place, and the reason is told."""
+    shutil.copytree(scannet / "scene0001_00", scannet / "scene0002_00")
+    for i in range(1, 8):
+        os.remove(scannet / f"scene0002_00/pose/{i}.txt")
+    reader = ScanNet(scannet)
+    with pytest.raises(ValueError, match=r"scene0002_00: 1 usable frames, at least 2 are needed"):
+        read_sample(reader, 1, np.random.default_rng(0), 3, SIZE)
+    guarded = data.Guarded(Mixture([reader], [1.0], seed=0).read)
+    samples = [guarded[(position, 2, *SIZE)] for position in range(12)]
+    assert {sample["sequence"] for sample in samples} == {"scene0001_00"}
+    reasons = [reason for sample in samples for reason in sample["bad"]]
+    assert reasons and all("1 usable frames" in reason for reason in reasons)
+    with pytest.raises(RuntimeError, match="1 usable frames"):  # nothing else to take
+        shutil.rmtree(scannet / "scene0001_00")
+        data.Guarded(Mixture([ScanNet(scannet)], [1.0], seed=0).read)[(0, 2, *SIZE)]
 
 
 def test_scannet(scannet: Path, tmp_path: Path):
@@ -275,6 +306,12 @@ def test_scannet(scannet: Path, tmp_path: Path):
     (tmp_path / "list.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"list\.json: expected JSON"):
         ScanNet(scannet, invalid_list=tmp_path / "list.json")
+    assert write_invalid_list(scannet, tmp_path / "list.json") == 0
+    assert read_invalid_list(tmp_path / "list.json") == {"scene0001_00": [2, 5], "scene0700_00": [2, 5]}
+    listed = ScanNet(scannet, invalid_list=tmp_path / "list.json")
+    assert listed.numbers(0) == train.numbers(0) == [0, 1, 3, 4, 6, 7]
+    with pytest.raises(FileNotFoundError, match="no ScanNet scene"):
+        write_invalid_list(scannet / "scene0001_00", tmp_path / "list.json")
     with pytest.raises(ValueError, match="pose is not finite"):
         train.frame(0, 2)
     with pytest.raises(FileNotFoundError, match=r"data\.scannet\.root"):
@@ -313,6 +350,14 @@ def test_tartanair_that_is_broken(tmp_path: Path):
     with pytest.raises(ValueError, match=r"pose_left\.txt: 2 poses, but there is an image 2"):
         reader.frame(0, 2)
     with pytest.raises(ValueError, match=r"no valid depth|2 poses"):  # frame 1 is all sky
+        read()
+    for content, message in (("0 0 0 1\n", "4 numbers per line, expected 7"), ("0 0 zero\n", "not a table of numbers")):
+        (tmp_path / "broken.txt").write_text(content)
+        with pytest.raises(ValueError, match=f"broken.txt.*{message}"):
+            _tartanair_pose_file(tmp_path / "broken.txt")
+        _tartanair_pose_file.cache_clear()
+    write(folder / "pose_left.txt", np.tile([0, np.nan, 0, 0, 0, 0, 1.0], (3, 1)))
+    with pytest.raises(ValueError, match=r"P001, frame \d: the pose is not finite"):
         read()
     (folder / "depth_left/000000_left_depth.npy").write_bytes(b"\x93NUMPY cut")
     with pytest.raises(ValueError, match=r"000000_left_depth\.npy"):

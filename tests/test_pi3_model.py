@@ -5,14 +5,19 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from bench import pi3 as bench
 from pi3.attention import rope_tables, rotate, token_positions
+from pi3.dataset import unpack
 from pi3.geometry import nearest_rotation
 from pi3.loss import pi3_loss
 from pi3.model import Pi3, conf_from_points, freeze, load_pretrained, load_vggt
 from pi3.pi3x import Pi3X
 from pi3.schedule import parameter_groups
 from pi3.segformer import SegFormer, load_segformer
+from pi3.train import compile_blocks
 
 SIZES = {"enc_dim": 48, "enc_depth": 1, "enc_heads": 3, "dec_dim": 48, "dec_depth": 6, "dec_heads": 3, "head_dim": 32,
          "head_depth": 1, "head_heads": 2, "point_out": 24, "camera_dim": 16, "pos_img_size": 56}  # fmt: skip
@@ -27,12 +32,16 @@ def images(B: int = 1, N: int = 3, H: int = 28, W: int = 42) -> Tensor:
     return torch.rand(B, N, 3, H, W, generator=torch.Generator().manual_seed(1))
 
 
-def training_loss(model: Pi3, imgs: Tensor) -> Tensor:
-    B, N, _, H, W = imgs.shape
+def loss_of(pred: dict[str, Tensor]) -> Tensor:
+    B, N, H, W, _ = pred["local_points"].shape
     points = torch.rand(B, N, H, W, 3, generator=torch.Generator().manual_seed(2)) + 0.5
-    sky = torch.zeros(B, N, H, W, dtype=torch.bool) if model.conf_head is not None else None
+    sky = torch.zeros(B, N, H, W, dtype=torch.bool) if pred["conf"] is not None else None
     truth = points, torch.eye(4).repeat(B, N, 1, 1), torch.ones(B, N, H, W, dtype=torch.bool), torch.ones(B, dtype=torch.bool)
-    return pi3_loss(model(imgs), *truth, sky)["loss"]
+    return pi3_loss(pred, *truth, sky)["loss"]
+
+
+def training_loss(model: Pi3, imgs: Tensor) -> Tensor:
+    return loss_of(model(imgs))
 
 
 def kept(function) -> int:
@@ -140,6 +149,54 @@ def test_checkpointing_changes_memory_and_nothing_else():
         tiny(num_dec_blk_to_checkpoint=2, num_dec_blk_not_to_checkpoint=4)
 
 
+@pytest.mark.parametrize("stage, amp", [("all", None), ("lowres", torch.bfloat16), ("conf", None)])
+def test_compiled_blocks_have_the_same_loss_and_gradients(stage: str, amp: torch.dtype | None):
+    """As train.py compiles them, under recomputation too: nothing changes, and every trained parameter has a gradient."""
+    torch._dynamo.reset()
+    model = tiny(train_conf=stage == "conf", dec_depth=4, num_dec_blk_not_to_checkpoint=2, checkpoint_heads=True).train()
+    freeze(model, encoder=stage == "lowres", all_but_conf=stage == "conf")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            compile_blocks(model, one_size=True, backend="aot_eager")
+        with torch.autocast("cpu", amp, enabled=amp is not None):
+            pred = model(images())
+        loss = loss_of(pred)
+        results.append((loss.item(), dict(zip(trained, torch.autograd.grad(loss, list(trained.values()))))))
+    (plain, expected), (loss, got) = results
+    tolerance = 1e-4 if amp is None else 2e-2  # fused casts round bfloat16 elsewhere
+    assert loss == pytest.approx(plain, rel=tolerance)
+    for name in trained:
+        size = expected[name].abs().max()
+        if name == "camera_head.fc_t.bias":  # a common shift of all cameras: the loss does not see it
+            assert max(size, got[name].abs().max()) < 1e-6
+            continue
+        assert size > 0 and got[name].abs().max() > 0, name
+        assert (got[name] - expected[name]).abs().max() <= tolerance * size + 1e-7, name
+    torch._dynamo.reset()
+
+
+def test_compiled_blocks_take_changing_sizes_without_falling_back():
+    """Numbers of views and sizes change every step: the graphs of the first few serve all others, and none is turned away."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model = tiny(dec_depth=4).train()
+    compile_blocks(model, one_size=False, backend="eager")
+    for shape in ((1, 3, 28, 42), (1, 2, 42, 28), (2, 3, 28, 56), (1, 4, 28, 42), (3, 2, 42, 42)):
+        loss_of(model(images(*shape))).backward()
+        with torch.no_grad():
+            model.eval()(images(*shape))
+        model.train()
+    graphs = counters["stats"]["unique_graphs"]
+    for shape in ((1, 5, 56, 42), (4, 2, 28, 70), (2, 6, 42, 56)):
+        loss_of(model(images(*shape))).backward()
+    assert graphs > 4 and counters["stats"]["unique_graphs"] == graphs
+    assert not counters["unimplemented"] and not counters["graph_break"]
+    torch._dynamo.reset()
+
+
 def test_stages_train_their_parts_and_keep_nothing_for_the_rest():
     model = tiny(train_conf=True).train()
     freeze(model)
@@ -178,6 +235,36 @@ def test_autocast_keeps_heads_and_geometry_in_float32():
         assert (out[name] - exact[name]).abs().max() < 0.05 * exact[name].abs().max(), name
     R = out["camera_poses"][..., :3, :3]
     assert torch.allclose(R @ R.mT, torch.eye(3).expand_as(R), atol=1e-6)
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations that make the host wait for a GPU: reading values, sizes that depend on them, constants copied there."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = str(operation)
+        waits = name.startswith(("aten._local_scalar", "aten.nonzero", "aten.masked_select", "aten.equal.", "aten.lift_fresh"))
+        if waits or ("index" in name and any(getattr(t, "dtype", None) == torch.bool for t in tree_leaves(args[1:]))):
+            self.seen.add(name)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_make_the_host_wait():
+    model, segformer = tiny(train_conf=True, dec_depth=2).train(), SegFormer()
+    batch = {"images": torch.zeros(1, 3, 42, 56, 3, dtype=torch.uint8), "depth": torch.ones(1, 3, 42, 56), "z_far": torch.zeros(1),
+             "intrinsics": torch.eye(3).expand(1, 3, 3, 3), "poses": torch.eye(4).expand(1, 3, 4, 4)}  # fmt: skip
+    with Waits() as waits:
+        truth = unpack(batch, "cpu")
+        sky = segformer.sky(truth["imgs"])
+        pred = model(truth["imgs"])
+        pi3_loss(pred, truth["local_points"], truth["poses"], truth["mask"], torch.ones(1, dtype=torch.bool), sky)["loss"].backward()
+    assert not waits.seen
+    with Waits() as waits:
+        assert truth["mask"][truth["mask"]].sum().item() and torch.tensor([1.0]).sum()
+    assert {"aten.lift_fresh.default", "aten._local_scalar_dense.default", "aten.index.Tensor"} <= waits.seen
 
 
 def test_bad_sizes_are_named():
@@ -253,6 +340,14 @@ def test_pi3x_predicts_metric_points():
 
 
 # sky
+
+
+def test_benchmark_measures_and_its_memory_figures_order():
+    """The small form of `bench.py pi3`: every figure is there, and what is recomputed is not kept."""
+    rows = dict(bench.measure("cpu", "tiny"))
+    assert all(value > 0 for row in rows.values() for value in row.values()) and len(rows) == 8
+    kept = [row["kept_gib"] for name, row in rows.items() if name.startswith("kept for backward")]
+    assert kept[2] > kept[0] > kept[1]  # nothing, decoder blocks, heads too
 
 
 def test_segformer_file(tmp_path):

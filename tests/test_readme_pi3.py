@@ -1,5 +1,6 @@
 """Every command of pi3/README.md, in small form, in the order of the README: the three stages start from one another."""
 
+import re
 import shlex
 import shutil
 
@@ -37,10 +38,12 @@ def place(tmp_path_factory):
 def test_every_command_runs(place, monkeypatch):
     named = ("check.png", "my_sequences", "photos", "walk.mp4", "per_sequence.csv")
     paths = {f"data/{name}": place / name for name in ("tartanair", "scannet", "co3d")} | {name: place / name for name in named}
-    paths |= {"data/tiny/pi3": place / "tartanair", "workspace/pi3_tiny": "outputs/pi3_tiny", "model.safetensors": "outputs/pi3_conf"}
+    paths |= dict.fromkeys(("data/tiny/pi3", "data/pi3_96"), place / "tartanair") | {"model.safetensors": "outputs/pi3_conf"}
+    paths |= {f"workspace/{name}": f"outputs/{name}" for name in ("pi3_tiny", "pi3_96", "pi3_overfit")}
+    paths |= {"--pictures pictures": f"--pictures {place}/pictures"}
     paths |= {"outputs/": f"{place}/outputs/", "--save_path scene": f"--save_path {place}/scene"}
     monkeypatch.chdir(ROOT)
-    names = iter(["pi3_tiny", "pi3_lowres", "pi3_highres", "pi3_conf", "pi3_two_nodes", "pi3_overfit"])
+    names = iter(["pi3_tiny", "pi3_lowres", "pi3_highres", "pi3_conf", "pi3_two_nodes", "pi3_96", "pi3_overfit"])
     commands = readme_commands(ROOT / "pi3" / "README.md")
     kinds = {"synth": 0, "train.py": 0, "eval.py": 0, "infer.py": 0, "dataset.py": 0}
     for text in commands:
@@ -63,15 +66,19 @@ def test_every_command_runs(place, monkeypatch):
                 extra += ["train.pixel_count_range=[1500,3200]", "test_dataset.resolution=[56,42]"]
             if "tiny" in text:
                 extra += [f"data.tartanair.root={place / 'tartanair'}", f"data.tartanair.test_root={place / 'tartanair' / 'val'}"]
+                extra += ["test_dataset.samples.tartanair=2"]
             elif "overfit" not in text:
                 extra += ["test_dataset.samples.scannet=1", "test_dataset.samples.co3d=1"]
         elif kind == "eval.py":
-            extra = ["--width", "56", "--max_points", "500"]
+            extra = ["--width", "56", "--max_points", "500", "--min_frames", "2"]
         elif kind == "infer.py":
             extra = ["--pixel_limit", "3000"] + (["--chunk", "2", "--overlap", "1"] if "--chunk" in text else [])
         run_here(words[0], *words[1:], *extra)
-    assert kinds["train.py"] == 6 and kinds["eval.py"] >= 4 and kinds["infer.py"] >= 3 and kinds["synth"] >= 1 and kinds["dataset.py"] >= 1
-    for file in ("check.png", "per_sequence.csv", "scene/points.ply", "scene/cameras.npz", "outputs/pi3_conf/checkpoint/00000001.pt"):
+    assert kinds["train.py"] == 7 and kinds["eval.py"] >= 6 and kinds["infer.py"] >= 3 and kinds["synth"] >= 1 and kinds["dataset.py"] >= 1
+    for file in re.findall(r"\]\((docs/\S+)\)", (ROOT / "pi3" / "README.md").read_text()):
+        assert (ROOT / "pi3" / file).exists(), file
+    made = ("check.png", "per_sequence.csv", "scene/points.ply", "scene/cameras.npz", "pictures/one_map.png")
+    for file in (*made, "outputs/pi3_conf/checkpoint/00000001.pt"):
         assert (place / file).exists(), file
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pi3 import augment, dataset, geometry, heads, metrics, sampling, schedule
+from pi3 import augment, dataset, geometry, heads, metrics, readers, sampling, schedule
 from pi3 import loss as losses
 from pi3.alignment import align_1d, nearest_index
 from pi3.attention import Block, rope_tables, rotate, token_positions
@@ -393,16 +393,16 @@ def write_tartan_tree(root: Path, tree: dict, poses: np.ndarray) -> None:
 def check_loaders(case: dict, arrays: dict, tmp_path: Path) -> None:
     v, spec = case["values"], case.get("inputs_spec", {})
     if "tartan_pose_rows" in v:
-        poses = dataset.tartanair_poses(np.array(v["tartan_pose_rows"]))
+        poses = readers.tartanair_poses(np.array(v["tartan_pose_rows"]))
         golden.close(poses, arrays["tartan_c2w"], atol=1e-4, what="TartanAir poses")
     if "co3d_camera" in v:
         c = v["co3d_camera"]
-        pose, K = dataset.co3d_camera(c["R"], c["T"], c["focal"], c["principal"], c["image_hw"][::-1])
+        pose, K = readers.co3d_camera(c["R"], c["T"], c["focal"], c["principal"], c["image_hw"][::-1])
         golden.close(pose, c["c2w"], atol=1e-4, what="CO3D pose")
         golden.close(np.linalg.inv(pose), c["w2c"], atol=1e-4, what="CO3D world to camera")
         golden.close(K, c["K"], rtol=1e-4, what="CO3D intrinsics")
     if "co3d_depth" in v:
-        depth = dataset.co3d_depth(np.array(v["co3d_depth"]["u16"], np.uint16))
+        depth = readers.co3d_depth(np.array(v["co3d_depth"]["u16"], np.uint16))
         golden.close(depth, v["co3d_depth"]["depth"], atol=1e-4, what="CO3D depth")
     if "unproj" in v:
         depth, u = torch.from_numpy(arrays["unproj_in_depth"]), v["unproj"]
@@ -418,7 +418,7 @@ def check_loaders(case: dict, arrays: dict, tmp_path: Path) -> None:
     if "tartan_sample" in v:
         write_tartan_tree(tmp_path, spec["tartan_tree"], arrays[spec["tartan_tree"]["pose_rows"]])
         s, want = spec["tartan_sample"], v["tartan_sample"]
-        reader = dataset.TartanAir(tmp_path)
+        reader = readers.TartanAir(tmp_path)
         reader.z_far = s["z_far"]
         rng = np.random.default_rng(s["seed"])
         sample = dataset.read_sample(reader, s["index"][0], rng, s["frame_num"], tuple(s["resolution_wh"]), train=False)
@@ -426,7 +426,7 @@ def check_loaders(case: dict, arrays: dict, tmp_path: Path) -> None:
         assert "_".join(Path(sample["sequence"]).parts[1:]) == want["label"] and sample["dataset"] == want["dataset"]
         assert want["sequence"].endswith("/".join(Path(sample["sequence"]).parts[1:]))
         folder = tmp_path / sample["sequence"] / "image_left"
-        assert dataset.count_files(folder, ".png") == want["n_frames"]
+        assert readers.count_files(folder, ".png") == want["n_frames"]
         batch = {k: torch.as_tensor(x)[None] for k, x in sample.items() if isinstance(x, (np.ndarray, np.generic))}
         got = {k: x[0] for k, x in dataset.unpack(batch, "cpu").items()}
         world = geometry.transform(got["poses"], got["local_points"])
