@@ -44,11 +44,23 @@ def apply(module: nn.Module, *args: Tensor, checkpointing: bool) -> Tensor:
     return recompute(module, *args) if checkpointing and torch.is_grad_enabled() else module(*args)
 
 
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolution with kernels of one pixel, (B, C, ..., W) -> (B, C', ..., W), as a plain two-dimensional one.
+
+    The strided and the three-dimensional forms write out of bounds in the backward pass of oneDNN (CPU, torch 2.11) where there
+    are few channels.
+    """
+    y = F.conv2d(x.flatten(2, -2), weight.view(*weight.shape[:2], 1, 1), bias)
+    return y.view(*y.shape[:2], *x.shape[2:])
+
+
 def convolve(conv: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run `conv` (2-D or 3-D, transposed or not) with another kernel and bias."""
     function = CONVOLUTION[len(conv.kernel_size), conv.transposed]
     if conv.transposed:
         return function(x, weight, bias, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+    if max(conv.kernel_size) == 1 and conv.groups == 1:
+        return pointwise(x[(..., *(slice(None, None, step) for step in conv.stride))], weight, bias)
     return function(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from stereo.blocks import BatchResidual3d, ConvBlock, apply
+from stereo.blocks import BatchResidual3d, ConvBlock, apply, pointwise
 
 
 def shifted_planes(right: Tensor, n_disp: int) -> Tensor:
@@ -63,7 +63,7 @@ class CostStem(nn.Sequential):
         g, c = self.groups, left.shape[1]
         flat = F.conv2d(left, weight[:, g : g + c, None, None], self[0].bias)
         moving = F.conv2d(right, weight[:, g + c :, None, None])
-        x = F.conv3d(correlation, weight[:, :g, None, None, None])
+        x = pointwise(correlation, weight[:, :g])
         x = x + flat.unsqueeze(2) + shifted_planes(moving, correlation.shape[2])
         for unit in list(self)[1:]:
             x = apply(unit, x, checkpointing=self.checkpointing)

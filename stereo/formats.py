@@ -128,8 +128,8 @@ def read_calibration(path: Path, index: str = "") -> dict[str, float]:
     depth = fx * baseline / (disparity + doffs). Intrinsics file: nine numbers of K on the first line, the baseline in metres on
     the second. A calib.json may hold one entry per pair, by `index`. ValueError naming the file when something is missing.
     """
-    text = Path(path).read_text()
     try:
+        text = Path(path).read_text()
         if path.suffix == ".json":
             found = json.loads(text)
             found = found.get(index, found)
@@ -146,7 +146,7 @@ def read_calibration(path: Path, index: str = "") -> dict[str, float]:
         if not (out["fx"] > 0 and out["baseline"] > 0):
             raise ValueError("focal length and baseline must be positive")
         return {"doffs": 0.0} | out
-    except (ValueError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError) as error:
         wanted = "calib.txt of Middlebury, a JSON with fx and baseline, or nine numbers of K and then the baseline in metres"
         raise ValueError(f"{path}: not a calibration ({type(error).__name__}: {error}); expected {wanted}") from None
 

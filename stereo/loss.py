@@ -158,18 +158,21 @@ def foundation_stereo_loss(
     gamma: float = 0.9,
     gamma_mode: str = "plain",
     per_sample_mean: bool = False,
+    init_weight: float = 1.0,
 ) -> Result:
     """Sequence loss of FoundationStereo, equation (8): smooth L1 of the initial disparity plus weighted L1 of every iteration.
 
     init: (B, 1, H/4, W/4) in quarter pixels, enlarged bilinearly (the paper does not say how it meets the ground truth).
     preds: list of (B, 1, H, W). gt, valid: (B, 1, H, W) or (B, H, W). Counted: valid and 0 < gt < max_disparity; the truth
     is never clipped into that range. The dict holds the unweighted means `init`, `iter_k`, and `n_valid`.
+    init_weight: 1 in the paper. A larger one helps a network that starts from nothing: the recurrent part has nothing to refine
+    before the volume matches, and its gradients hide the volume's.
     """
     gt, valid = gt.view(preds[0].shape), valid.view(preds[0].shape)
     mask = valid & (gt > 0) & (gt < max_disparity)
     full = 4 * F.interpolate(init.float(), size=gt.shape[-2:], mode="bilinear", align_corners=False)
-    loss = masked_mean(smooth_l1(absolute_error(full, gt, mask), 1.0), mask, per_sample_mean)
-    parts = {"n_valid": mask.sum(), "init": loss.detach()}
+    start = masked_mean(smooth_l1(absolute_error(full, gt, mask), 1.0), mask, per_sample_mean)
+    parts, loss = {"n_valid": mask.sum(), "init": start.detach()}, init_weight * start
     for k, (pred, weight) in enumerate(zip(preds, sequence_weights(len(preds), gamma, gamma_mode))):
         term = masked_mean(absolute_error(pred, gt, mask), mask, per_sample_mean)
         parts[f"iter_{k}"] = term.detach()

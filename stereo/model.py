@@ -121,9 +121,12 @@ class FoundationStereo(nn.Module):
             if hasattr(m, "checkpointing"):
                 m.checkpointing = on
 
-    def compile_step(self) -> None:
-        """torch.compile the part that runs in every iteration, in place (before DDP wraps the model); names stay as they are."""
-        self.update_block.compile(dynamic=False)
+    def compile_step(self, **options) -> None:
+        """torch.compile the part that runs in every iteration, in place (before DDP wraps the model); names stay as they are.
+
+        options: of torch.compile, such as `backend`.
+        """
+        self.update_block.compile(dynamic=False, **options)
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import config, data, dist
-from common.checkpoint import Checkpoints, apply_weights, load_weights
+from common.checkpoint import Checkpoints, apply_optimizer, apply_weights, load_weights
 from common.guard import StepGuard
 from common.log import Logger, Progress
 from stereo import recipe
@@ -201,8 +201,7 @@ def main() -> None:
     step = skipped = 0
     if state and "optimizer" in state:
         step, skipped = state["step"], state["optimizer"]["skipped"]
-        optimizer.load_state_dict(state["optimizer"]["optimizer"])
-        scaler.load_state_dict(state["optimizer"]["scaler"])
+        apply_optimizer(optimizer, scaler, state["optimizer"])
         if ema is not None and "ema" in state:
             apply_weights(ema, state["ema"]["model"])
         log.text(f"resumed at step {step}")
@@ -244,6 +243,7 @@ def main() -> None:
         step += 1
 
         if step % cfg.log_every == 0 or step == last_step:
+            dist.check_drift(model.parameters(), step)
             values = dist.all_mean({f"loss/{name}": value for name, value in out["logged"].items()} | batch_metrics(out["maps"]))
             run = {"train/grad_norm": out["grad_norm"], "train/lr": out["lr"], "train/skipped": guard.skipped}
             run["train/bad_samples"] = bad.bad
@@ -262,8 +262,7 @@ def main() -> None:
         if step % cfg.save_every == 0 or step == last_step or stopping:
             dist.at(step, "save")
             guard.settle()
-            if not dist.all_equal(dist.checksum(model.parameters())):
-                raise RuntimeError(f"the ranks' parameters differ at step {step}: nothing saved; the last checkpoint is good")
+            dist.check_drift(model.parameters(), step)
             if dist.is_main():
                 about = {"model_config": model.options}
                 run = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "skipped": guard.skipped, "step": step}

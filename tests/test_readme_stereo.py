@@ -1,6 +1,7 @@
 """Every command of stereo/README.md, in small form, one after the other; and what eval.py and infer.py write."""
 
 import csv
+import re
 import shutil
 
 import numpy as np
@@ -13,9 +14,8 @@ from stereo.codec import decode_pfm, encode_pfm
 from stereo.formats import list_pairs, read_disparity, read_views
 
 NET = "--model.vit_size null --model.max_disp 32 --model.hidden_dims [16,16,16] --model.volume_dim 8 --model.n_gru_layers 2"
-SMALL = (
-    f"{NET} --train_iters 2 --valid_iters 2 --max_steps 1 --workers 0 --batch_size_forward 1 --data.val_datasets [] --vis_every 0".split()
-)
+SMALL = f"""{NET} --data.image_sizes [[64,64]] --gradient_accumulation_steps 1 --train_iters 2 --valid_iters 2 --max_steps 1
+    --workers 0 --batch_size_forward 1 --data.val_datasets [] --vis_every 0""".split()
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def place(tmp_path_factory):
     )
     shutil.copytree(pairs / "val", here / "fsd")
     for number, pair in enumerate(list_pairs(pairs / "val")):  # the same pairs in Middlebury's form
-        folder = here / "middlebury" / f"scene{number}"
+        folder = here / "middlebury" / ("teddy", "cones")[number]
         truth = read_disparity(pair.disparity, pair.codec)
         for name, image in zip(("im0.png", "im1.png"), read_views(pair)):
             write_image(folder / name, image)
@@ -41,32 +41,34 @@ def place(tmp_path_factory):
     return here
 
 
-@pytest.mark.slow
 def test_every_command_runs(place, tmp_path_factory):
     pairs = generated(tmp_path_factory, "stereo", "--scenes", "4", "--val_scenes", "2", "--size", "96x128")
     here = ("my_data.yaml", "check.png", "pairs.csv", "bad.txt", "left.png", "right.png", "K.txt")
     paths = {name: place / name for name in here} | {"data/tiny/stereo/val": pairs / "val", "workspace/stereo_tiny": place / "tiny"}
-    paths |= {f"data/{name}": place / name for name in ("fsd", "middlebury", "converted")} | {"model_best_bp2.pth": place / "model.pth"}
+    sets = ("fsd", "middlebury", "converted", "textures", "stereo_200")
+    paths |= {f"data/{name}": place / name for name in sets} | {"model_best_bp2.pth": place / "model.pth"}
     paths |= {f"--out {name}": f"--out {place}/{name}" for name in ("disparity", "cloud")} | {"workspace/": f"{place}/run_"}
     commands = readme_commands(ROOT / "stereo" / "README.md")
-    assert len(commands) == 12
+    assert len(commands) == 19
     outputs = []
     for text in commands:
-        extra = []
-        if "-m synth" in text:
+        text, extra = re.sub(r"00000\d+(?=_ema|\.pt)", "00000001", text.replace("'", "")), []
+        if "textures.py" in text:
+            extra = ["--pairs", "2"]
+        elif "-m synth" in text:
             text = text.replace("data/tiny/stereo", str(place / "generated"))
             extra = ["--scenes", "1", "--val_scenes", "1", "--size", "64x64"]
         elif "stereo/train.py" in text:
             extra = list(SMALL)
             text = text.replace("--vit_checkpoint depth_anything_v2_vitl.pth", "").replace("--cnn_checkpoint edgenext_small.pth", "")
-            if "tiny.yaml" in text:
+            if text.startswith("torchrun") and "tiny.yaml" in text:
                 extra += ["--data.datasets.0.path", pairs / "train", "--workspace", place / "tiny"]
             elif "v1.json" in text:
                 extra += ["--data.datasets.0.path", pairs / "train"]
         elif "eval.py" in text or "infer.py" in text:
             extra = ["--iters", "1"]
         outputs.append(run_small(text, extra, paths))
-        if "tiny.yaml" in text:  # stands for the published weights from here on
+        if text.startswith("torchrun") and "tiny.yaml" in text:  # stands for the published weights from here on
             (model,) = (place / "tiny" / "checkpoint").glob("00000001.pt")
             shutil.copy(model, place / "model.pth")
     assert "all " in outputs[6] and "tensors loaded" in outputs[6] and "batch norms frozen" in outputs[6]
@@ -81,6 +83,8 @@ def test_every_command_runs(place, tmp_path_factory):
     known = stored["visible"] & (stored["disparity"] > 0.1)
     assert np.allclose(depth[known], 100 * 0.1 / stored["disparity"][known], rtol=1e-4) and (depth[~stored["visible"]] == 0).all()
     assert (place / "cloud" / "left.ply").read_bytes().startswith(b"ply")
+    assert "2 pairs" in outputs[12] and all("tensors loaded" in outputs[n] for n in (15, 17))
+    assert all(name in output for output in (outputs[16], outputs[18]) for name in ("best constant", "SGBM (OpenCV)", "latest"))
     assert (place / "check.png").exists() and len(list((place / "converted" / "left" / "disparity").iterdir())) == 2
 
 

@@ -12,7 +12,9 @@ from common.io import write_image, write_png16
 from stereo import augment, baselines, photometric, spatial
 from stereo.codec import decode_fsd, encode_fsd, encode_kitti, encode_pfm
 from stereo.dataset import AUGMENTATIONS, StereoDataset, check, check_size, convert, make_sources
+from stereo.eval import evaluate
 from stereo.formats import decode_disparity, list_pairs, load_raw, read_calibration, read_disparity, read_mask, read_views
+from stereo.textures import textured_pair
 from synth.stereo import pair as ray_cast
 
 
@@ -97,6 +99,18 @@ def test_mirroring_the_left_disparity_would_be_wrong(truth):
     assert mismatch(left, right, disparity, seen & (disparity > 0)) < 0.7 * mismatch(left, right, wrong, seen & (wrong > 0))
     mirrored = augment.flip_views(truth["left"], truth["right"], truth["d_right"])
     assert all(np.array_equal(a, b) for a, b in zip(mirrored, (left, right, disparity)))
+
+
+def test_random_textures_match_everywhere():
+    for number in range(4):
+        left, right, d = textured_pair(np.random.default_rng(number), (96, 128), 24)
+        assert left.shape == right.shape == (96, 128, 3) and left.dtype == np.uint8 and d.min() >= 1 and d.max() <= 24
+        rows, columns = np.mgrid[:96, :128].astype(np.float32)
+        for wrong in (0, 2):
+            x = columns - d + wrong
+            warped = cv2.remap(right.astype(np.float32), x, rows, cv2.INTER_LINEAR)
+            difference = np.abs(warped - left)[(x >= 0) & (x < 127)].mean()
+            assert difference > 20 if wrong else difference < 1
 
 
 def test_right_view_truth_made_by_warping_agrees_with_the_exact_one(truth):
@@ -196,6 +210,7 @@ def test_samples_match_under_all_augmentations_and_are_functions_of_seed_and_pos
         left, right, d, mask = (sample[key] for key in ("left_image", "right_image", "disparity", "disparity_mask"))
         assert left.shape[:2] == dataset.size_at(position // 2) == right.shape[:2] == d.shape == mask.shape
         assert left.dtype == np.uint8 and d.dtype == np.float32 and mask.dtype == bool and (d[~mask] == 0).all() and d.max() < 64
+        assert left.max() > 100  # the network expects 0..255
         if mask.mean() > 0.3:
             errors.append((mismatch(left, right, d, mask), mismatch(left, right, np.float32(d * 0.7), mask)))
     good, wrong = np.array(errors).mean(0)
@@ -357,6 +372,13 @@ def test_every_form_is_found_and_decoded(kind, tmp_path):
         assert camera == {"fx": 994.978, "cx": 311.193, "cy": 254.877, "baseline": 0.193001, "doffs": 31.086}
     if kind == "sceneflow":
         assert np.array_equal(read_disparity(pair.right_disparity, pair.codec), d)
+    exact = lambda left, right, truth, mask: np.where(mask, truth, 0)
+    shifted = lambda left, right, truth, mask: np.where(mask, truth + 1.5, 0)
+    scores = evaluate({"exact": exact, "shifted": shifted}, [pair], "noc")
+    assert scores["exact"]["per_image"]["epe"] == 0 and scores["shifted"]["rows"][0]["bp1"] == 100
+    assert scores["shifted"]["per_pixel"]["epe"] == pytest.approx(1.5, abs=1e-4) and scores["shifted"]["per_image"]["bp2"] == 0
+    counted = d > 12 if pair.mask else d > 0
+    assert scores["exact"]["count"] == {"images": 1, "pixels": counted.sum()}
     sample = StereoDataset(
         make_sources([{"path": str(tmp_path), "format": KINDS.get(kind, kind), "image_augmentation": list(AUGMENTATIONS)}]),
         0,
@@ -448,6 +470,12 @@ def test_a_bad_pair_is_named_replaced_and_counted(good, what):
     named = [reason for sample in samples for reason in sample["bad"]]
     assert named and all("0001" in reason for reason in named)
     assert all(sample["disparity_mask"].any() for sample in samples)
+    score = lambda: evaluate({"half": lambda left, right, truth, mask: truth / 2}, [pair])["half"]
+    if what == "invalid":  # nothing to score: such an image counts for nothing
+        assert score()["count"] == {"images": 0, "pixels": 0} and np.isnan(score()["per_image"]["epe"])
+    elif what != "code":  # a wrong code of a plausible size cannot be told from one pair in evaluation
+        with pytest.raises((ValueError, OSError), match=message):
+            score()
     bad, total = check(good, out=good / "sheet.png")
     assert total == 3 and len(bad) == 1 and "0001" in bad[0]
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -288,6 +289,63 @@ class Net(torch.nn.Module):
         self.conv, self.norm = torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)
         self.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
         self.temperature = torch.nn.Parameter(torch.ones(2, 1, 1))
+
+
+def test_a_step_feeds_0_to_255_scores_the_last_map_and_gives_up_on_lasting_nan(pairs, tmp_path):
+    """What the network is given, which map the loss looks at, and that bad steps change nothing and end the run."""
+    from common.guard import NonFinite, StepGuard
+    from stereo import train
+
+    torch.manual_seed(0)
+    model = FoundationStereo(vit_size=None, max_disp=32, hidden_dims=(16,) * 3, n_gru_layers=2, volume_dim=8).train()
+    seen = []
+    model.register_forward_pre_hook(lambda module, images: seen.append(images))
+    loss = {"stereo": {"l1": {"function": "disparity_l1_loss"}}}
+    cfg = SimpleNamespace(loss=loss, train_iters=2, grad_clip=1.0, batch_size_forward=1, lr_scheduler=None, ema_decay=0.9)
+    optimizer = recipe.make_optimizer(model, {"params": [{"lr": 1e-3}]})
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    sources = train.make_sources([{"path": pairs / "train"}])
+    sample = train.StereoDataset(sources, 0, [[96, 64]], max_disparity=32).read((0, 0))
+    keys = ("left_image", "right_image", "disparity", "disparity_mask")
+    batch = {key: torch.from_numpy(sample[key])[None] for key in keys} | {"label": torch.tensor([0])}
+    guard = StepGuard(model, 2, say=print)
+    step = lambda number: train.train_step(model, model, None, [batch], optimizer, scaler, guard, cfg, None, number, 32)
+    out = step(0)
+    left, right = seen[0]
+    assert left.shape == right.shape == (1, 3, 64, 96) and 100 < left.max() <= 255 and left.dtype == torch.float32
+    final, start, truth, mask = out["maps"]
+    assert final.shape == truth.shape == (1, 64, 96) and start.shape == (1, 1, 16, 24)
+    assert torch.allclose(out["logged"]["loss"], (final - truth).abs()[mask].mean())
+    logged = train.batch_metrics(out["maps"])
+    assert torch.allclose(logged["metric/epe"], out["logged"]["loss"]) and logged["metric/init_epe"] != logged["metric/epe"]
+    batch["disparity"] = torch.full_like(batch["disparity"], torch.inf)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(NonFinite):
+        for number in range(1, 5):
+            step(number)
+    assert number == 3 and all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+def test_published_files_load_by_name_whatever_their_size(tmp_path):
+    """The dialect of the released folders: {"model": ...} and cfg.yaml with other keys, no vit_size for ViT-L."""
+    from stereo.eval import load_model
+
+    cases = ROOT / "tests" / "parity" / "cases" / "stereo"
+    published = "corr_implementation: reg\nhidden_dims: [128, 128, 128]\nmax_disp: 416\nmixed_precision: true\nn_downsample: 2\n"
+    for size in ("vits", "vitl"):
+        table = json.loads((cases / f"state_dict_{size}.json").read_text())
+        state = {f"module.{name}": torch.zeros(()).expand(shape) for name, shape in table.items()}
+        (tmp_path / size).mkdir()
+        torch.save({"model": state, "global_step": 200000, "epoch": 3}, tmp_path / size / "model_best_bp2.pth")
+        (tmp_path / size / "cfg.yaml").write_text(published + (f"vit_size: {size}\n" if size == "vits" else ""))
+        with torch.device("meta"):  # names and shapes; no memory
+            model = load_model(tmp_path / size / "model_best_bp2.pth", torch.device("meta"))
+        assert model.feature.mono_dim == {"vits": 32, "vitl": 128}[size] and model.max_disp == 416
+        lacking = dict(list(state.items())[1:])
+        torch.save({"model": lacking}, tmp_path / size / "model_best_bp2.pth")
+        with torch.device("meta"), pytest.raises(SystemExit, match="1 missing"):
+            load_model(tmp_path / size / "model_best_bp2.pth", torch.device("meta"))
 
 
 def test_averages_follow_the_weights_and_skip_bad_steps():
