@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test test-long lint bench
+.PHONY: demo test test-long fuzz stress lint bench
 
 .venv/ready: requirements.txt requirements-dev.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -19,8 +19,15 @@ test: .venv/ready
 test-long: .venv/ready
 	$(PY) -m pytest -m slow
 
+fuzz: .venv/ready
+	$(PY) tests/stress/fuzz.py --seconds 600
+
+stress: .venv/ready
+	set -e; for system in lbm stereo moge pi3 mvdiff; do $(PY) tests/stress/kill.py --system $$system --kills 50; done
+
 lint: .venv/ready
 	.venv/bin/ruff check .
 
 bench: .venv/ready
 	set -e; for system in lbm stereo moge pi3 mvdiff; do $(PY) bench/bench.py $$system; done
+	$(PY) bench/checkpoint.py
