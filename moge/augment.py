@@ -177,14 +177,16 @@ def process_instance(
     clamp_max_depth: float = 1000.0,
     depth_unit: float | None = None,
     finite_depth_mask: str | None = None,
+    normals: bool = True,
 ) -> dict:
     """Training sample of width x height from an instance {image (h, w, 3) uint8, depth (h', w') float32, intrinsics (3, 3),
     label_type}.
 
     The defaults are the training configuration. depth_unit: metres per unit of the stored depth; makes the sample metric.
-    finite_depth_mask "only_known": unknown pixels are no positive examples of the mask. Returns image (H, W, 3) uint8, depth
-    (H, W) float32, depth_mask_fin, depth_mask_inf (H, W) bool, normal (H, W, 3) float32 (NaN unknown), intrinsics (3, 3)
-    float32, label_type (str; "invalid" when hardly any depth is left), is_metric (bool).
+    finite_depth_mask "only_known": unknown pixels are no positive examples of the mask. normals False: leaves out `normal`,
+    and all else is the same. Returns image (H, W, 3) uint8, depth (H, W) float32, depth_mask_fin, depth_mask_inf (H, W) bool,
+    normal (H, W, 3) float32 (NaN unknown), intrinsics (3, 3) float32, label_type (str; "invalid" when hardly any depth is
+    left), is_metric (bool).
     """
     image, raw, K = instance["image"], np.asarray(instance["depth"], np.float32), np.asarray(instance["intrinsics"], np.float32)
     size, label_type = (height, width), instance["label_type"]
@@ -193,11 +195,12 @@ def process_instance(
 
     image = warp(image, T, size, "lanczos")
     depth = warp_depth(raw, T, size)
-    normal = warp(depth_normals(raw, K), T, size, "bilinear") @ R.T
+    normal = warp(depth_normals(raw, K), T, size, "bilinear") @ R.T if normals else None
     if np.isfinite(depth).mean() < 0.001:
         depth, label_type = np.ones(size, np.float32), "invalid"
     if rng.choice([True, False]):
-        image, depth, normal = image[:, ::-1], depth[:, ::-1], normal[:, ::-1] * np.array([-1, 1, 1], np.float32)
+        image, depth = image[:, ::-1], depth[:, ::-1]
+        normal = normal[:, ::-1] * np.array([-1, 1, 1], np.float32) if normals else None
     image = augment_colors(np.ascontiguousarray(image), np.ascontiguousarray(depth), image_augmentation, rng)
     if depth_unit is not None:
         depth = depth * np.float32(depth_unit)
@@ -205,16 +208,16 @@ def process_instance(
     limit = clamp_max_depth * np.quantile(depth[finite], 0.01)
     depth = np.where(finite, np.clip(depth, 0, limit), depth).astype(np.float32)
     infinite = np.isinf(depth)
-    return {
+    out = {
         "image": image,
         "depth": depth,
         "depth_mask_fin": finite if finite_depth_mask == "only_known" else ~infinite,
         "depth_mask_inf": infinite,
-        "normal": np.ascontiguousarray(normal, np.float32),
         "intrinsics": K_new,
         "label_type": label_type,
         "is_metric": depth_unit is not None,
     }
+    return out | ({"normal": np.ascontiguousarray(normal, np.float32)} if normals else {})
 
 
 def prepare_evaluation(

@@ -44,6 +44,8 @@ def decode_depth(codes: np.ndarray, text: dict[str, str]) -> np.ndarray:
     near, far, unit = float(text["near"]), float(text["far"]), float(text.get("unit", 1))
     if not 0 < near < far < np.inf:
         raise ValueError(f"not a depth map: near {near} and far {far} should be positive, finite and ascending")
+    if not 0 < unit * near < unit * far < 3e38:
+        raise ValueError(f"not a depth map: unit {unit} should be positive, and depths within 32 bits")
     t = (np.arange(65536) - 1) / 65533
     table = (near ** (1 - t) * far**t * unit).astype(np.float32)
     table[0], table[65535] = np.nan, np.inf

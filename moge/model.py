@@ -116,6 +116,14 @@ class MoGe(nn.Module):
         self.encoder_network.checkpointing = mode in ("backbone", "all")
         self.checkpoint_head = mode in ("head", "all")
 
+    def compile_blocks(self) -> None:
+        """torch.compile of the transformer blocks, for any size; names and results stay.
+
+        Not of the decoder's: in torch 2.11 the compiled backward pass of replicate padding expects another memory layout.
+        """
+        for block in self.encoder_network.blocks:
+            block.compile(dynamic=True)
+
     @property
     def encoder_network(self) -> nn.Module:
         return self.backbone if self.version == "v1" else self.encoder.backbone
@@ -236,10 +244,12 @@ class MoGeV1(MoGe):
         last_conv_size: int = 1,
         mask_threshold: float = 0.5,
         trained_area_range: Sequence[float] | None = None,
+        encoder_options: dict | None = None,
         **unknown,
     ):
         """intermediate_layers: the last n blocks, or block indices. num_tokens_range: of training, spanned by the resolution
-        levels. trained_area_range: older name of num_tokens_range, in pixels.
+        levels. trained_area_range: older name of num_tokens_range, in pixels. encoder_options: arguments of `dinov2.DINOv2` that
+        differ from the named variant's, for small networks (embed_dim, depth, num_heads, img_size).
         """
         super().__init__()
         if unknown:
@@ -249,7 +259,7 @@ class MoGeV1(MoGe):
         remap_points(torch.zeros(3), remap_output)  # an unknown name should fail now
         self.intermediate_layers, self.remap_output = intermediate_layers, remap_output
         self.num_tokens_range, self.mask_threshold = list(num_tokens_range), mask_threshold
-        self.backbone = dinov2(encoder)
+        self.backbone = dinov2(encoder, **(encoder_options or {}))
         self.head = HeadV1(
             intermediate_layers if isinstance(intermediate_layers, int) else len(intermediate_layers),
             self.backbone.embed_dim,
@@ -283,10 +293,12 @@ class MoGeV1(MoGe):
 class EncoderV2(nn.Module):
     """DINOv2 with one projection per requested layer, summed."""
 
-    def __init__(self, backbone: str, intermediate_layers: int | Sequence[int], dim_out: int):
+    def __init__(
+        self, backbone: str, intermediate_layers: int | Sequence[int], dim_out: int, encoder_options: dict | None = None
+    ):
         super().__init__()
         self.intermediate_layers = intermediate_layers
-        self.backbone = dinov2(backbone)
+        self.backbone = dinov2(backbone, **(encoder_options or {}))
         count = intermediate_layers if isinstance(intermediate_layers, int) else len(intermediate_layers)
         self.output_projections = nn.ModuleList(nn.Conv2d(self.backbone.embed_dim, dim_out, 1) for _ in range(count))
         self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1))
@@ -356,8 +368,8 @@ class ConvStack(nn.Module):
 
 
 class MoGeV2(MoGe):
-    """MoGe-2. encoder {backbone, intermediate_layers, dim_out}, neck and heads {ConvStack arguments}, scale_head {dims}; each
-    head may be absent. Unknown arguments are named in a warning.
+    """MoGe-2. encoder {backbone, intermediate_layers, dim_out[, encoder_options as in MoGeV1]}, neck and heads {ConvStack
+    arguments}, scale_head {dims}; each head may be absent. Unknown arguments are named in a warning.
     """
 
     version = "v2"
@@ -379,7 +391,9 @@ class MoGeV2(MoGe):
             warnings.warn(f"MoGe v2 does not know {sorted(unknown)}: ignored", stacklevel=2)
         remap_points(torch.zeros(3), remap_output)  # an unknown name should fail now
         self.remap_output, self.num_tokens_range = remap_output, list(num_tokens_range)
-        self.encoder = EncoderV2(encoder["backbone"], encoder["intermediate_layers"], encoder["dim_out"])
+        self.encoder = EncoderV2(
+            encoder["backbone"], encoder["intermediate_layers"], encoder["dim_out"], encoder.get("encoder_options")
+        )
         self.neck = ConvStack(**neck)
         for name, head in (("points_head", points_head), ("mask_head", mask_head), ("normal_head", normal_head)):
             if head is not None:
