@@ -50,18 +50,21 @@ FULL_NET = {"unet": {}, "vae": {}, "clip": {}}
 # ---- the published form ----------------------------------------------------------------------------------------------
 
 
-def published_group_norm(x, norm, silu=False):
-    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return F.silu(y) if silu else y
+def published_group_norm(x, norm):
+    return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
-def published_multiview(self, x, views):
+def published_norm_conv2d(x, norm, conv):
+    return conv(F.silu(published_group_norm(x, norm)))
+
+
+def published_multiview(self, x, views, norm=None):
     n, t, c = x.shape
     repeat = lambda y: y.view(n // views, 1, views * t, c).expand(-1, views, -1, -1).reshape(n, views * t, c)
     return self.attend(self.to_q(x), repeat(self.to_k(x)), repeat(self.to_v(x)))
 
 
-def published_cross_domain(self, x):
+def published_cross_domain(self, x, norm=None):
     both = lambda y: torch.cat(y.chunk(2), dim=1).repeat(2, 1, 1)
     return self.attend(self.to_q(x), both(self.to_k(x)), both(self.to_v(x)))
 
@@ -80,9 +83,9 @@ def published_block(self, x, context):
     return x + self.ff(self.norm3(x))
 
 
-def published_geglu(x):
+def published_geglu_linear(x, linear):
     value, gate = x.chunk(2, dim=-1)
-    return value * F.gelu(gate)
+    return linear(value * F.gelu(gate))
 
 
 @contextlib.contextmanager
@@ -92,7 +95,8 @@ def published_form(attention: str = "4-D"):
         for module in (layers, unet, vae):
             stack.enter_context(mock.patch.object(module, "group_norm", published_group_norm))
             stack.enter_context(mock.patch.object(module, "conv2d", lambda x, conv: conv(x)))
-        stack.enter_context(mock.patch.object(unet, "geglu", published_geglu))
+            stack.enter_context(mock.patch.object(module, "norm_conv2d", published_norm_conv2d))
+        stack.enter_context(mock.patch.object(unet, "geglu_linear", published_geglu_linear))
         stack.enter_context(mock.patch.object(unet.TransformerBlock, "forward", published_block))
         stack.enter_context(mock.patch.object(unet.Attention, "multiview", published_multiview))
         stack.enter_context(mock.patch.object(unet.Attention, "cross_domain", published_cross_domain))

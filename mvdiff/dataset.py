@@ -4,13 +4,23 @@
 
 Workers return resized 8-bit arrays; `compose` does the colour and normal maths for a whole batch where the batch lies. Sample p
 of a run is a pure function of (seed, p).
+
+  python mvdiff/dataset.py --check ROOT [--out check.png]                     list unusable objects, draw a contact sheet
+  python mvdiff/dataset.py --pack ROOT --out PACKED [--resolution 256]        one file per object, resized: loads ten times faster
+  python mvdiff/dataset.py --cache CACHE --config FILE [key=value ...]        frozen work of a training, to train from
+  torchrun --nproc_per_node 4 mvdiff/dataset.py --cache CACHE --config FILE   the same on many GPUs
 """
 
+import argparse
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of mvdiff/
 
 import numpy as np
 import torch
@@ -18,10 +28,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from common import dist
 from common.data import epoch_item, rng as position_rng
+from common.io import write_image
 from mvdiff.camera import camera_angles, camera_vector, normal_rotation, view_names
 from mvdiff.clip import MEAN, STD, preprocess_tensor, resize_shorter_side
-from mvdiff.pictures import background_color, fit_square, resize_square, round_uint8
+from mvdiff.pictures import background_color, fit_square, grid, resize_square, round_uint8
 
 FILES = {"color": "rgb", "normal": "normals"}
 PACKED, PACK_RECORD = ("color", "normal"), "pack.json"  # order of domains in a packed object; marks a folder of packed ones
@@ -36,7 +48,10 @@ def list_objects(root: str | Path, object_list: str | Path | None = None, invali
     `invalid_list`; without a list, the folders of `root` in name order."""
 
     def read(path: str | Path) -> list[str]:
-        names = json.loads(Path(path).read_text())
+        try:
+            names = json.loads(Path(path).read_text())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{path}: expected a JSON list of object names")
         return [os.path.basename(name).removesuffix(".glb") for name in names]
@@ -89,7 +104,7 @@ def open_picture(path: str | Path) -> Image.Image:
             return image.convert("RGBA" if image.mode in ("LA", "PA") or "transparency" in image.info else "RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing view") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: unreadable picture: {error}") from None
 
 
@@ -169,13 +184,7 @@ class MultiViewDataset:
         condition uint8 (R,R,4); clip uint8 (3,S,S): the condition picture on its background, resized for CLIP; background
         float32 (3,), rotation float32 (V,3,3), angles float32 (V,3), is_normal uint8 (D,), name.
         """
-        name, domains = self.objects[index], (self.pred_type,)
-        if self.pred_type == "joint":
-            domains = self.domains
-        elif self.pred_type == "mix":
-            domains = (("color", "normal")[int(rng.integers(2))],)
-        background = background_color(self.bg_color, rng)
-        at = int(rng.integers(len(self.views))) if self.augment_data else self.views.index(self.condition_view)
+        name, (domains, background, at) = self.objects[index], self.choose(rng)
         read = self.reader(name, window=int(rng.integers(2**31)))
         rgba = np.stack([np.stack([read(domain, i) for i in range(len(self.views))]) for domain in domains])
         condition = rgba[domains.index("color"), at].copy() if "color" in domains else read("color", at)
@@ -184,13 +193,36 @@ class MultiViewDataset:
         return {
             "rgba": rgba,
             "condition": condition,
-            "clip": clip_picture(condition, background, self.clip_size),
+            "clip": self.clip(condition, background),
             "background": background,
             "rotation": self.rotations[self.views[at]],
             "angles": self.angles[self.views[at]],
             "is_normal": np.array([d == "normal" for d in domains], np.uint8),
             "name": name,
         }
+
+    def choose(self, rng: np.random.Generator) -> tuple[tuple[str, ...], np.ndarray, int]:
+        """(domains, background colour (3,), index of the condition view) of a sample."""
+        domains = (self.pred_type,)
+        if self.pred_type == "joint":
+            domains = self.domains
+        elif self.pred_type == "mix":
+            domains = (("color", "normal")[int(rng.integers(2))],)
+        background = background_color(self.bg_color, rng)
+        at = int(rng.integers(len(self.views))) if self.augment_data else self.views.index(self.condition_view)
+        return domains, background, at
+
+    def clip(self, condition: np.ndarray, background: np.ndarray) -> np.ndarray:
+        """Condition picture (R,R,4) on its background, resized for the image encoder: uint8 (3,S,S)."""
+        return clip_picture(condition, background, self.clip_size)
+
+    def files(self, name: str) -> list[Path]:
+        """The files that hold an object, both domains, all views."""
+        if self.packed:
+            return [self.root / f"{name}.npy"]
+        kinds = [*FILES.values(), *(["mask"] if self.read_mask else [])]
+        folder = self.root / name[: self.k] / name
+        return [folder / f"{kind}_{self.group}_{view}.{self.suffix}" for kind in kinds for view in self.views]
 
     def reader(self, name: str, window: int) -> Callable[[str, int], np.ndarray]:
         """Function of (domain, view index) -> (R,R,4) uint8 for one object; `window` seeds the crop window of all its files.
@@ -231,17 +263,27 @@ class MultiViewDataset:
         return resize_square(image, self.resolution)
 
 
-def pack(data: MultiViewDataset, out: str | Path) -> None:
+def pack(data: MultiViewDataset, out: str | Path) -> list[str]:
     """Write every object of `data` as one file out/<name>.npy, uint8 (2,V,R,R,4), already resized: reading it takes no decoding.
 
-    A MultiViewDataset on `out` gives the same samples (with crop windows of "random" drawn once and for all).
+    A MultiViewDataset on `out` gives the same samples (with crop windows of "random" drawn once and for all). Returns what is
+    wrong with the objects that cannot be read.
     """
-    out = Path(out)
+    out, bad = Path(out), []
     out.mkdir(parents=True, exist_ok=True)
-    for i, name in enumerate(data.objects):
-        read = data.reader(name, window=i)
-        np.save(out / f"{name}.npy", np.stack([[read(domain, v) for v in range(len(data.views))] for domain in PACKED]))
     (out / PACK_RECORD).write_text(json.dumps({"resolution": data.resolution, "views": list(data.views)}))
+    for i, name in enumerate(data.objects):
+        try:
+            read = data.reader(name, window=i)
+            pixels = np.stack([[read(domain, v) for v in range(len(data.views))] for domain in PACKED])
+        except (OSError, ValueError) as error:
+            bad.append(str(error))
+            continue
+        temporary = out / f".{name}.{os.getpid()}"
+        with open(temporary, "wb") as file:
+            np.save(file, pixels)
+        os.replace(temporary, out / f"{name}.npy")
+    return bad
 
 
 class NoiseDataset:
@@ -325,18 +367,22 @@ def finish(batch: dict[str, Tensor], clip_resize: str = "pil", camera_flags: boo
         pixels = preprocess_tensor(condition, batch["clip"].shape[-1], antialias=clip_resize == "tensor")
     else:
         raise ValueError(f"clip_resize {clip_resize!r}: known are pil, tensor and tensor_noaa")
-    is_normal = batch["is_normal"].bool()
-    b, d, v = targets.shape[:3]
-    angles = batch["angles"][:, None].expand(b, d, v, 3)
     return {
         "image_cond": round_uint8(condition),
         "image_cond_vae": condition * 2 - 1,
         "image_cond_CLIP": pixels,
         "target": round_uint8(targets),
         "target_vae": targets * 2 - 1,
-        "camera_embed": camera_vector(angles, is_normal[:, :, None].expand(b, d, v) if camera_flags else None),
-        "is_normal": is_normal,
+        "camera_embed": camera_embedding(batch["angles"], batch["is_normal"], camera_flags),
+        "is_normal": batch["is_normal"].bool(),
     }
+
+
+def camera_embedding(angles: Tensor, is_normal: Tensor, camera_flags: bool = True) -> Tensor:
+    """Camera vectors (B,D,V,10), or (B,D,V,6) without flags, from angles (B,V,3) and is_normal (B,D)."""
+    (b, v, _), d = angles.shape, is_normal.shape[1]
+    flags = is_normal.bool()[:, :, None].expand(b, d, v) if camera_flags else None
+    return camera_vector(angles[:, None].expand(b, d, v, 3), flags)
 
 
 def nine_entries(finished: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -348,3 +394,86 @@ def nine_entries(finished: dict[str, Tensor]) -> dict[str, Tensor]:
         out[f"{name}_target_vae"] = finished["target_vae"][:, at]
         out[f"camera_embed_{name}"] = finished["camera_embed"][:, at]
     return out
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def check(data: MultiViewDataset, picture: str | Path, shown: int = 8) -> list[str]:
+    """Read every object of `data` (joint); write a contact sheet of the first good ones, a row each: colours, then normals in the
+    axes of the condition view. Returns what is wrong with the others."""
+    bad, rows = [], []
+    for index in range(len(data)):
+        try:
+            sample = data.load(index, np.random.default_rng(0))
+        except (OSError, ValueError) as error:
+            bad.append(str(error))
+            continue
+        if len(rows) < shown:
+            batch = {k: torch.from_numpy(np.asarray(v))[None] for k, v in sample.items() if not isinstance(v, str)}
+            rows.append(compose(batch, clamp=True)[1][0].flatten(0, 1))  # (D*V,3,R,R)
+    if rows:
+        sheet = round_uint8(grid(torch.cat(rows), len(rows[0])))
+        write_image(picture, sheet.permute(1, 2, 0).numpy())
+    return bad
+
+
+def open_root(root: str | Path, num_views: int, resolution: int, **options) -> MultiViewDataset:
+    """All objects of a folder, both domains, on white."""
+    return MultiViewDataset(root, list_objects(root), num_views, resolution, bg_color="white", **options)
+
+
+def cache_command(root: str, argv: list[str]) -> list[str]:
+    """Store the frozen work of the training that `argv` configures, all its objects; returns what could not be read."""
+    from mvdiff import build, cache  # they import this file
+
+    cfg = build.parse(argv, __doc__)
+    device = dist.init(cfg.timeout)
+    dtype = dist.autocast_dtype(cfg.amp, device)
+    frozen, options = build.load_frozen_of(cfg), build.finish_options(cfg)
+    data = build.build_dataset(cfg, build.object_names(cfg)[0], frozen.clip.image_size)
+    data.pred_type = "joint"  # an entry holds both domains
+    key = cache.cache_key(frozen, data, options, dtype)
+    chunk, part = cfg.vae_chunk or (32 if device.type == "cuda" else 2), (dist.rank(), dist.world_size())
+    counts = dist.gather(cache.write_cache(root, data, frozen.to(device, dtype), options, key, chunk, device, part))
+    written, kept = (sum(count[i] for count in counts) for i in range(2))
+    if dist.is_main():
+        print(f"{written} entries written, {kept} kept, in {Path(root) / key[0]}; train with latent_cache_dir={root}")
+    dist.shutdown()
+    return [reason for count in counts for reason in count[2]] if part[0] == 0 else []
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one of the commands; the exit code is 1 when something could not be read."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--check", metavar="ROOT", help="list unusable objects, draw a contact sheet")
+    action.add_argument("--pack", metavar="ROOT", help="write every object as one file, resized")
+    action.add_argument("--cache", metavar="CACHE", help="store frozen work; all other arguments are those of train.py")
+    parser.add_argument("--out", help="--check: the picture (check.png); --pack: the folder to write to")
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--num_views", type=int, default=6)
+    parser.add_argument("--crop", choices=["center"], help="for files that are not square: fit the shorter side, crop the centre")
+    args, rest = parser.parse_known_args(argv)
+    try:
+        if args.cache:
+            given = list(sys.argv[1:] if argv is None else argv)
+            at = next(i for i, word in enumerate(given) if word.startswith("--cache"))
+            bad = cache_command(args.cache, given[:at] + given[at + (1 if "=" in given[at] else 2) :])
+        else:
+            if rest or (args.pack and not args.out):
+                parser.error(f"unknown arguments {rest}" if rest else "--pack needs --out FOLDER")
+            data = open_root(args.check or args.pack, args.num_views, args.resolution, crop=args.crop)
+            bad = check(data, args.out or "check.png") if args.check else pack(data, args.out)
+            print("\n".join([*bad, f"{len(bad)} of {len(data)} objects cannot be used"]))
+            return int(bool(bad))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for reason in bad:
+        print(reason)
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

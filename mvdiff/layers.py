@@ -1,8 +1,8 @@
 """Layers that the UNet and the autoencoder share, written so that a training step keeps as little as it can.
 
 Autograd keeps, for GroupNorm -> SiLU -> convolution, three copies of the activation (and under autocast two of them in fp32). The
-functions here keep one each: the norm's input, in the dtype that it came in, and the convolution's input. The arithmetic
-of the norms is fp32 whatever the dtype of their input.
+functions here keep the norm's input alone, in the dtype that it came in. The arithmetic of the norms is fp32 whatever the
+dtype of their input.
 """
 
 import torch
@@ -16,44 +16,125 @@ def _dense(x: Tensor, like: Tensor) -> Tensor:
     return x.float().contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
 
 
+def _normalise(x: Tensor, norm: tuple, stats: tuple[Tensor, Tensor]) -> Tensor:
+    """GroupNorm's result for x (N,C,H,W) fp32 once more, from its statistics (N,G) each."""
+    (weight, bias, groups), (mean, rstd), (n, c) = norm, stats, x.shape[:2]
+    scale = (rstd[:, :, None] * weight.float().view(1, groups, -1)).view(n, c)  # (N,G,1) * (1,G,C/G) -> (N,C)
+    shift = bias.float() - (mean[:, :, None].expand(n, groups, c // groups).reshape(n, c)) * scale
+    return torch.addcmul(shift[..., None, None], x, scale[..., None, None])
+
+
+def _norm_backward(grad: Tensor, x: Tensor, norm: tuple, stats: tuple[Tensor, Tensor], wanted: list[bool]) -> tuple:
+    """Gradients of GroupNorm with respect to x (N,C,H,W) fp32, weight and bias; None where not wanted."""
+    (weight, _, groups), (n, c), pixels = norm, x.shape[:2], x[0, 0].numel()
+    grad = _dense(grad, x)
+    return torch.ops.aten.native_group_norm_backward(grad, x, *stats, weight.float(), n, c, pixels, groups, wanted)
+
+
 class _GroupNorm(torch.autograd.Function):
-    """GroupNorm with an optional SiLU; keeps the input and the statistics, and recomputes the normalised values in backward."""
+    """GroupNorm that keeps its input, in the input's dtype, and the statistics."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         n, c, pixels = x.shape[0], x.shape[1], x[0, 0].numel()
         y, mean, rstd = torch.native_group_norm(_dense(x, x), weight.float(), bias.float(), n, c, pixels, groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.groups, ctx.silu = groups, silu
-        # A SiLU in place, or a cast that does nothing, would cut the gradient in compiled code
-        y = F.silu(y) if silu else y
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        ctx.groups = groups
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # a cast that does nothing would cut the gradient in compiled code
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        n, c, pixels, groups = x.shape[0], x.shape[1], x[0, 0].numel(), ctx.groups
-        x32, grad = _dense(x, x), _dense(grad, x)
-        if ctx.silu:
-            scale = (rstd[:, :, None] * weight.float().view(1, groups, -1)).view(n, c)  # (N,G,1) * (1,G,C/G) -> (N,C)
-            shift = bias.float() - (mean[:, :, None].expand(n, groups, c // groups).reshape(n, c)) * scale
-            grad = torch.ops.aten.silu_backward(grad, torch.addcmul(shift[..., None, None], x32, scale[..., None, None]))
+        x, weight, bias, *stats = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        gx, gw, gb = torch.ops.aten.native_group_norm_backward(
-            grad, x32, mean, rstd, weight.float(), n, c, pixels, groups, wanted
-        )
-        return (None if gx is None else gx.to(x.dtype)), gw, gb, None, None, None
+        gx, gw, gb = _norm_backward(grad, _dense(x, x), (weight, bias, ctx.groups), stats, wanted)
+        return (None if gx is None else gx.to(x.dtype)), gw, gb, None, None
 
 
-def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool = False) -> Tensor:
-    """GroupNorm of x (N,C,H,W) with the parameters of `norm`, then SiLU if asked. fp32 inside; the result has x's dtype."""
-    return _GroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """GroupNorm of x (N,C,H,W) with the parameters of `norm`. fp32 inside; the result has x's dtype."""
+    return _GroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+class _NormConv2d(torch.autograd.Function):
+    """Convolution of silu(GroupNorm(x)). Keeps x and the norm's statistics; backward makes the convolution's input again, which
+    costs little beside the convolution, and only where its weight is trained."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, groups: int, eps: float, weight, bias, stride: int, padding: int) -> Tensor:
+        n, c, pixels = x.shape[0], x.shape[1], x[0, 0].numel()
+        y, mean, rstd = torch.native_group_norm(_dense(x, x), norm_weight.float(), norm_bias.float(), n, c, pixels, groups, eps)
+        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight)
+        ctx.groups, ctx.stride, ctx.padding = groups, stride, padding
+        return F.conv2d(F.silu(y).to(x.dtype), weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, norm_weight, norm_bias, mean, rstd, weight = ctx.saved_tensors
+        norm, stats, x32 = (norm_weight, norm_bias, ctx.groups), (mean, rstd), _dense(x, x)
+        need_x, need_w, need_b = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[5], ctx.needs_input_grad[6]
+        with torch.autocast(grad.device.type, enabled=False):
+            z = _normalise(x32, norm, stats)
+            y = F.silu(z).to(grad.dtype)  # the convolution's input, in the precision that it ran in
+            window = ([ctx.stride] * 2, [ctx.padding] * 2, [1, 1], False, [0, 0], 1, [need_x, need_w, need_b])
+            gy, gw, gb = torch.ops.aten.convolution_backward(grad, y, weight.to(grad.dtype), [len(weight)], *window)
+            grads = (None, None, None)
+            if need_x:
+                gz = torch.ops.aten.silu_backward(_dense(gy, x32), z)
+                grads = _norm_backward(gz, x32, norm, stats, list(ctx.needs_input_grad[:3]))
+        gx = None if grads[0] is None else grads[0].to(x.dtype)
+        gw, gb = (None if g is None else g.to(weight.dtype) for g in (gw, gb))
+        return gx, grads[1], grads[2], None, None, gw, gb, None, None
+
+
+def norm_conv2d(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
+    """conv(silu(norm(x))) of x (N,C,H,W): GroupNorm in fp32, the convolution in the precision of x or of autocast."""
+    given = (norm.weight, norm.bias, norm.num_groups, norm.eps, conv.weight, conv.bias)
+    return _NormConv2d.apply(x, *given, conv.stride[0], conv.padding[0])
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """LayerNorm of x (...,C). Statistics in fp32; the result has x's dtype also under autocast, which would keep fp32 copies."""
     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
     return torch.native_layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)[0]
+
+
+class _NormLinear(torch.autograd.Function):
+    """Linear layers side by side on one LayerNorm(x). Keeps x and the statistics; backward makes the layers' input again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, *parameters) -> tuple[Tensor, ...]:
+        weights, biases = parameters[::2], parameters[1::2]
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps)
+        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, *weights)
+        ctx.eps = eps
+        return tuple(F.linear(y, weight, bias) for weight, bias in zip(weights, biases))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, norm_weight, norm_bias, mean, rstd, *weights = ctx.saved_tensors
+        dtype, shape, out = grads[0].dtype, x.shape[-1:], []
+        norm = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y = torch.native_layer_norm(x, shape, *norm, ctx.eps)[0].to(dtype).flatten(0, -2)
+            gy = None
+            for i, (grad, weight) in enumerate(zip(grads, weights)):
+                need_w, need_b = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
+                flat = grad.flatten(0, -2)
+                out.append((flat.T @ y).to(weight.dtype) if need_w else None)
+                out.append(flat.sum(0).to(weight.dtype) if need_b else None)
+                part = flat @ weight.to(dtype)
+                gy = part if gy is None else gy + part
+            wanted = list(ctx.needs_input_grad[:3])
+            gy = gy.view(x.shape).to(x.dtype)
+            gx, gw, gb = torch.ops.aten.native_layer_norm_backward(gy, x, shape, mean, rstd, *norm, wanted)
+        gw, gb = (None if g is None else g.to(norm_weight.dtype) for g in (gw, gb))
+        return gx, gw, gb, None, *out
+
+
+def norm_linear(x: Tensor, norm: nn.LayerNorm, *linears: nn.Linear) -> tuple[Tensor, ...]:
+    """linear(norm(x)) of every one of `linears`, for x (...,C). Statistics in fp32; the rest in the precision of x or of autocast."""
+    parameters = [p for linear in linears for p in (linear.weight, linear.bias)]
+    return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, *parameters)
 
 
 class _FrozenConv2d(torch.autograd.Function):
@@ -80,25 +161,35 @@ def conv2d(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return _FrozenConv2d.apply(x, conv.weight, conv.bias, conv.stride[0], conv.padding[0])
 
 
-class _GEGLU(torch.autograd.Function):
-    """value * gelu(gate) of the two halves of the last axis; keeps its input only."""
+class _GEGLULinear(torch.autograd.Function):
+    """Linear layer of value * gelu(gate), the two halves of the last axis. Keeps its input only."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
         value, gate = x.chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return F.linear(value * F.gelu(gate), weight, bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
         value, gate = x.chunk(2, dim=-1)
-        return torch.cat([grad * F.gelu(gate), torch.ops.aten.gelu_backward(grad * value, gate)], dim=-1)
+        gx = gw = gb = None
+        with torch.autocast(grad.device.type, enabled=False):
+            gelu = F.gelu(gate)
+            if ctx.needs_input_grad[0]:
+                gy = grad @ weight.to(grad.dtype)
+                gx = torch.cat([gy * gelu, torch.ops.aten.gelu_backward(gy * value, gate)], dim=-1)
+            if ctx.needs_input_grad[1]:
+                gw = (grad.flatten(0, -2).T @ (value * gelu).flatten(0, -2)).to(weight.dtype)
+            if ctx.needs_input_grad[2]:
+                gb = grad.flatten(0, -2).sum(0).to(weight.dtype)
+        return gx, gw, gb
 
 
-def geglu(x: Tensor) -> Tensor:
-    """(...,2C) -> (...,C): first half times gelu (erf form) of the second half."""
-    return _GEGLU.apply(x)
+def geglu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """x (...,2C) -> (...,out): `linear` of the first half times gelu (erf form) of the second half."""
+    return _GEGLULinear.apply(x, linear.weight, linear.bias)
 
 
 class ResnetBlock(nn.Module):
@@ -121,10 +212,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, silu_time: Tensor | None = None) -> Tensor:
         """x (N,C,H,W); silu_time (N,time_channels): silu of the embedding, computed once by the caller for all blocks."""
-        h = conv2d(group_norm(x, self.norm1, silu=True), self.conv1)
+        h = norm_conv2d(x, self.norm1, self.conv1)
         if silu_time is not None:
             h = h + self.time_emb_proj(silu_time)[:, :, None, None]
-        h = conv2d(group_norm(h, self.norm2, silu=True), self.conv2)
+        h = norm_conv2d(h, self.norm2, self.conv2)
         return h + (conv2d(x, self.conv_shortcut) if self.changes_channels else x)
 
 

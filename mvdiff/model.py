@@ -265,6 +265,21 @@ def encode_targets(vae: AutoencoderKL, images: Tensor, noise: Tensor, chunk: int
     return (mean + std * noise) * vae.scaling_factor
 
 
+@torch.no_grad()
+def frozen_work(
+    vae: AutoencoderKL, clip: CLIPVision, targets: Tensor, image: Tensor, pixels: Tensor, chunk: int = 0
+) -> dict[str, Tensor]:
+    """All that the frozen encoders have to say about a batch, fp32: what a cache stores.
+
+    targets (N,3,H,W) and input pictures image (B,3,H,W) in [-1,1], pixels (B,3,S,S) made for CLIP -> mean, std (N,4,h,w),
+    condition_mean, condition_std (B,4,h,w), all unscaled, and embedding (B,E). `chunk` bounds the images per pass.
+    """
+    mean, std = vae.encode(targets, chunk)
+    condition_mean, condition_std = vae.encode(image, chunk)
+    embedding = clip(pixels).float()
+    return {"mean": mean, "std": std, "condition_mean": condition_mean, "condition_std": condition_std, "embedding": embedding}
+
+
 def predict(
     unet: Callable[..., Tensor], x: Tensor, t: Tensor, latent: Tensor, embedding: Tensor, camera: Tensor, views: int,
     keep_latent: Tensor | None = None, keep_embedding: Tensor | None = None,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mvdiff.layers import Downsample, ResnetBlock, Upsample, conv2d, geglu, group_norm, layer_norm
+from mvdiff.layers import Downsample, ResnetBlock, Upsample, conv2d, geglu_linear, group_norm, layer_norm, norm_conv2d, norm_linear
 
 
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Tensor:
@@ -41,7 +41,7 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (G,T,C) to context (G,S,context_channels), by default to x itself."""
+    """Multi-head attention of x (G,T,C) to context (G,S,context_channels); or to x itself, in which groups its methods say."""
 
     def __init__(self, channels: int, heads: int, context_channels: int | None = None):
         super().__init__()
@@ -51,9 +51,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         return self.attend(self.to_q(x), self.to_k(context), self.to_v(context))
+
+    def project(self, x: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (G,T,C), of its `norm` where there is one: then no normalised copy is kept."""
+        linears = self.to_q, self.to_k, self.to_v
+        return norm_linear(x, norm, *linears) if norm is not None else tuple(linear(x) for linear in linears)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (G,T,C), k and v (G,S,C), already projected -> (G,T,C)."""
@@ -65,12 +69,16 @@ class Attention(nn.Module):
         """Attention to one token, context (N,1,context_channels) -> (N,1,C): the same for every query, so none is needed."""
         return self.to_out(self.to_v(context))
 
-    def multiview(self, x: Tensor, views: int) -> Tensor:
+    def alone(self, x: Tensor, views: int, norm: nn.LayerNorm | None = None) -> Tensor:
+        """x (N,T,C): every row attends to itself."""
+        return self.attend(*self.project(x, norm))
+
+    def multiview(self, x: Tensor, views: int, norm: nn.LayerNorm | None = None) -> Tensor:
         """x (N,T,C): every view of an object attends to the tokens of all its views."""
         n, t, c = x.shape
-        return self(x.reshape(n // views, views * t, c)).reshape(n, t, c)
+        return self.alone(x.reshape(n // views, views * t, c), views, norm).reshape(n, t, c)
 
-    def sparse_multiview(self, x: Tensor, views: int) -> Tensor:
+    def sparse_multiview(self, x: Tensor, views: int, norm: nn.LayerNorm | None = None) -> Tensor:
         """x (N,T,C): every view attends to the first view of its object and to itself, in this order."""
         n, t, c = x.shape
 
@@ -78,24 +86,26 @@ class Attention(nn.Module):
             y = y.view(n // views, views, t, c)
             return torch.cat([y[:, :1].expand_as(y), y], dim=2).view(n, 2 * t, c)
 
-        return self.attend(self.to_q(x), with_first(self.to_k(x)), with_first(self.to_v(x)))
+        q, k, v = self.project(x, norm)
+        return self.attend(q, with_first(k), with_first(v))
 
-    def cross_domain(self, x: Tensor) -> Tensor:
+    def cross_domain(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         """x (N,T,C): row i of the first half and row i of the second half attend to the tokens of both."""
         n, t, c = x.shape
         pairs = x.view(2, n // 2, t, c).transpose(0, 1).reshape(n // 2, 2 * t, c)  # first domain's tokens, then the second's
-        return self(pairs).view(n // 2, 2, t, c).transpose(0, 1).reshape(n, t, c)
+        out = self.attend(*self.project(pairs, norm))
+        return out.view(n // 2, 2, t, c).transpose(0, 1).reshape(n, t, c)
 
 
 class GEGLU(nn.Module):
-    """Holds the gated projection, (...,C) -> (...,2 * hidden) -> (...,hidden)."""
+    """Holds the gated projection, (...,C) -> (...,2 * hidden)."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return geglu(self.proj(x))
+        return self.proj(x)
 
 
 class FeedForward(nn.Module):
@@ -105,8 +115,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """x (N,T,C), normalised by `norm` first where given."""
+        gated = norm_linear(x, norm, self.net[0].proj)[0] if norm is not None else self.net[0](x)
+        return geglu_linear(gated, self.net[2])
 
 
 class TransformerBlock(nn.Module):
@@ -142,24 +154,22 @@ class TransformerBlock(nn.Module):
             self.attn_joint_last, self.norm_joint_last = Attention(channels, heads), nn.LayerNorm(channels)
             zero_output(self.attn_joint_last)
 
-    def self_attention(self, x: Tensor) -> Tensor:
-        """attn1 of x (N,T,C), already normalised, over the views that this block is set to join."""
-        if not self.multiview:
-            return self.attn1(x)
+    def self_attention(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """attn1 of x (N,T,C), normalised by `norm` first where given, over the views that this block is set to join."""
         join = self.attn1.sparse_multiview if self.sparse else self.attn1.multiview
-        return join(x, self.num_views)
+        return (join if self.multiview else self.attn1.alone)(x, self.num_views, norm)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.self_attention(layer_norm(x, self.norm1))
+        x = x + self.self_attention(x, self.norm1)
         if self.cd_mid:
-            x = x + self.attn_joint_mid.cross_domain(layer_norm(x, self.norm_joint_mid))
+            x = x + self.attn_joint_mid.cross_domain(x, self.norm_joint_mid)
         if context.shape[1] == 1:
             x = x + self.attn2.single_token(context)
         else:
             x = x + self.attn2(layer_norm(x, self.norm2), context)
-        x = x + self.ff(layer_norm(x, self.norm3))
+        x = x + self.ff(x, self.norm3)
         if self.cd_last:
-            x = x + self.attn_joint_last.cross_domain(layer_norm(x, self.norm_joint_last))
+            x = x + self.attn_joint_last.cross_domain(x, self.norm_joint_last)
         return x
 
 
@@ -380,4 +390,4 @@ class UNet(nn.Module):
         x = self.mid_block(x, silu_time, context)
         for block in self.up_blocks:
             x = block(x, silu_time, context, skips)
-        return conv2d(group_norm(x, self.conv_norm_out, silu=True), self.conv_out)
+        return norm_conv2d(x, self.conv_norm_out, self.conv_out)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvdiff.layers import Downsample, ResnetBlock, Upsample, conv2d, group_norm
+from mvdiff.layers import Downsample, ResnetBlock, Upsample, conv2d, group_norm, norm_conv2d
 
 EPS = 1e-6  # of every norm of the autoencoder; the UNet has 1e-5
 
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
         x = conv2d(x, self.conv_in)
         for level in self.down_blocks:
             x = level(x)
-        return conv2d(group_norm(self.mid_block(x), self.conv_norm_out, silu=True), self.conv_out)
+        return norm_conv2d(self.mid_block(x), self.conv_norm_out, self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         x = self.mid_block(conv2d(x, self.conv_in))
         for level in self.up_blocks:
             x = level(x)
-        return conv2d(group_norm(x, self.conv_norm_out, silu=True), self.conv_out)
+        return norm_conv2d(x, self.conv_norm_out, self.conv_out)
 
 
 def posterior(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: Tensor, chunk: int = 0) -> Tensor:
         """Images (N,3,8h,8w), about [-1,1], of unscaled latents (N,4,h,w)."""
         parts = latents.split(chunk) if chunk else (latents,)
-        dtype = self.quant_conv.weight.dtype
+        dtype = self.post_quant_conv.weight.dtype
         return torch.cat([self.decoder(self.post_quant_conv(part.to(dtype))) for part in parts])
 
 

@@ -38,7 +38,9 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = {name: (DTYPES[e["dtype"]], list(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+            entries = {name: (DTYPES[e["dtype"]], list(e["shape"]), *map(int, e["data_offsets"])) for name, e in header.items()}
+            if wrong := [name for name, entry in entries.items() if len(entry) != 4]:
+                raise ValueError(f"data_offsets of {wrong[0]!r}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: broken safetensors header: {type(error).__name__} {error}") from None
     start, tensors = 8 + length, {}
@@ -82,7 +84,7 @@ def read_bin(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         raise ValueError(
             f"{path}: refused or unreadable; only a torch file of plain tensors is read. Convert it to safetensors with the "
-            f"library that wrote it ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+            f"library that wrote it ({type(error).__name__}: {str(error)[:200]})"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: expected a flat dict of name to tensor")
@@ -104,7 +106,7 @@ def read_json(path: str | Path) -> dict:
         value = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing; a weights folder needs its config beside the weights") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object")
@@ -129,5 +131,11 @@ def write_part(root: str | Path, part: str, config: dict, state: dict[str, Tenso
     folder = Path(root) / part
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / f"{STEMS.get(part, ('diffusion_pytorch_model',))[0]}.safetensors", state)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     return folder
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file as those of weights folders are; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,7 +1,9 @@
 """Multi-view diffusion: reading of renderings, the nine entries, input pictures."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ import torch
 from PIL import Image
 
 from common.data import BadSamples, Guarded, loader
-from mvdiff import dataset, model
+from mvdiff import build, cache, dataset, model
+from mvdiff.cache import CachedDataset
 from mvdiff.camera import VIEWS, camera_angles, normal_rotation, view_names
 from mvdiff.clip import preprocess_pil
 from mvdiff.dataset import MultiViewDataset, NoiseDataset, compose, finish, list_objects, nine_entries, pack, split_objects
@@ -337,3 +340,84 @@ def test_grids_and_rounding():
     assert out.shape == (3, 4, 8) and out[0, 0, ::4].tolist() == [0, 1] and out[0, 2, ::4].tolist() == [2, 0]
     assert round_uint8(torch.tensor([-1, 0.0, 0.5, 0.998, 2])).tolist() == [0, 0, 128, 254, 255]
     assert dataset.PACKED == ("color", "normal")
+
+
+# ---- cache of frozen work --------------------------------------------------------------------------------------------
+
+
+def frozen_networks():
+    folder = Path(__file__).resolve().parents[1] / "mvdiff" / "tiny"
+    return build.load_frozen({"init": str(folder)})
+
+
+def cache_of(root, folder, frozen, **options):
+    data = make(root, **{"clip_size": 32, "resolution": 32, **options})
+    finishing = {"clip_resize": "pil", "camera_flags": True}
+    key = cache.cache_key(frozen, data, finishing, None)
+    counts = cache.write_cache(folder, data, frozen, finishing, key, 4, "cpu")
+    stored = CachedDataset(root, data.objects, resolution=32, clip_size=32, **options)
+    return data, stored, key, counts, finishing
+
+
+def test_cached_samples_are_those_of_the_same_positions(root, tmp_path):
+    """Every background and domain: what the encoders say about the sample that stands at a position."""
+    frozen = frozen_networks()
+    _, stored, key, counts, finishing = cache_of(root, tmp_path, frozen)
+    assert counts == (15, 0, [])  # five objects on three backgrounds
+    for pred_type in ("joint", "mix"):
+        live, stored.pred_type = make(root, clip_size=32, resolution=32, pred_type=pred_type), pred_type
+        stored.open(tmp_path, key)
+        for p in range(6):
+            a, b = batch_of([live.read(p)]), stored.read(p)
+            done = finish(a, **finishing)
+            work = model.frozen_work(
+                frozen.vae, frozen.clip, model.target_rows(done["target_vae"]), done["image_cond_vae"], done["image_cond_CLIP"]
+            )
+            assert np.array_equal(b["is_normal"], a["is_normal"][0]) and np.array_equal(b["angles"], a["angles"][0])
+            for name in ("mean", "std"):
+                rows = torch.from_numpy(b[name])
+                torch.testing.assert_close(rows.flatten(0, 1), work[name], atol=1e-4, rtol=1e-4)
+            for name in ("condition_mean", "condition_std", "embedding"):
+                torch.testing.assert_close(torch.from_numpy(b[name]), work[name][0], atol=1e-4, rtol=1e-4)
+
+
+def test_cache_goes_by_weights_settings_and_images(root, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(root, copy)
+    frozen = frozen_networks()
+    data, stored, key, _, finishing = cache_of(copy, tmp_path / "cache", frozen, bg_color="white")
+    stored.open(tmp_path / "cache", key)
+    again = cache.write_cache(tmp_path / "cache", data, frozen, finishing, key, 4, "cpu")
+    assert again == (0, 5, [])
+    victim = data.files("bbb1")[1]
+    os.utime(victim, (1, 1))  # as after a copy: the content decides
+    stored.load(1, np.random.default_rng(0))
+    victim.write_bytes(data.files("aaa0")[0].read_bytes())
+    with pytest.raises(ValueError, match="the images of bbb1 have changed"):
+        stored.load(1, np.random.default_rng(0))
+    os.remove(victim)
+    assert victim.name in str(cache.write_cache(tmp_path / "cache", data, frozen, finishing, key, 4, "cpu")[2])
+    keys = {key[0], cache.cache_key(frozen, data, {**finishing, "clip_resize": "tensor"}, None)[0]}
+    keys |= {cache.cache_key(frozen, data, finishing, torch.bfloat16)[0], cache.cache_key(frozen, make(copy), finishing, None)[0]}
+    with torch.no_grad():
+        next(frozen.vae.encoder.parameters()).add_(1)
+    other = cache.cache_key(frozen, data, finishing, None)
+    assert len(keys | {other[0]}) == 5
+    with pytest.raises(FileNotFoundError, match="no cache"):
+        stored.open(tmp_path / "cache", other)
+    os.remove(next((tmp_path / "cache" / key[0]).glob("ccc2_*.npz")))
+    with pytest.raises(FileNotFoundError, match=r"1 of 5 entries are missing, ccc2_1\.npz first"):
+        stored.open(tmp_path / "cache", key)
+    for options in ({"augment_data": True}, {"bg_color": "random"}, {"crop": "random"}):
+        with pytest.raises(ValueError, match="a cache holds one form"):
+            cache.check_cacheable(make(copy, **options))
+
+
+def test_check_draws_and_names(root, tmp_path):
+    home, folder = broken_copy(root, tmp_path)
+    (folder / "rgb_000_left.png").write_bytes(b"no picture")
+    bad = dataset.check(make(home, bg_color="white"), tmp_path / "sheet.png")
+    assert len(bad) == 1 and "rgb_000_left.png: unreadable picture" in bad[0]
+    assert np.asarray(Image.open(tmp_path / "sheet.png")).shape == (4 * RES, 12 * RES, 3)
+    assert len(pack(make(home), tmp_path / "packed")) == 1  # what can be read is packed
+    assert list_objects(tmp_path / "packed") == ["bbb1", "ccc2", "ddd3", "eee4"]

@@ -56,9 +56,9 @@ def gradients(function, *tensors):
     return out, torch.autograd.grad((out.float() * torch.randn(out.shape)).sum(), [t for t in tensors if t.requires_grad])
 
 
-@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("convolve", [False, True])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "strided"])
-def test_group_norm_has_the_plain_gradients(silu, layout):
+def test_group_norm_has_the_plain_gradients(convolve, layout):
     torch.manual_seed(0)
     norm = torch.nn.GroupNorm(4, 16)
     torch.nn.init.normal_(norm.weight)
@@ -69,9 +69,13 @@ def test_group_norm_has_the_plain_gradients(silu, layout):
     elif layout == "strided":
         x = (3 + torch.randn(16, 3, 5, 6)).permute(1, 0, 3, 2)
     x.requires_grad_()
-    plain = lambda x, w, b: F.silu(norm(x)) if silu else norm(x)
-    ours, grads = gradients(lambda x, w, b: layers.group_norm(x, norm, silu), x, norm.weight, norm.bias)
-    want, want_grads = gradients(plain, x, norm.weight, norm.bias)
+    conv = torch.nn.Conv2d(16, 5, 3, padding=1)
+    inputs = (x, norm.weight, norm.bias, *(conv.parameters() if convolve else ()))
+    plain = lambda x, *_: conv(F.silu(norm(x))) if convolve else norm(x)
+    own = lambda x, *_: layers.norm_conv2d(x, norm, conv) if convolve else layers.group_norm(x, norm)
+    ours, grads = gradients(own, *inputs)
+    want, want_grads = gradients(plain, *inputs)
+    assert len(grads) == len(inputs)
     torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-5)
     for a, b in zip(grads, want_grads):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
@@ -92,7 +96,11 @@ def test_norms_are_fp32_inside_for_16_bit_input():
 def test_geglu_and_frozen_convolution_have_the_plain_gradients():
     torch.manual_seed(0)
     x = torch.randn(4, 7, 12, requires_grad=True)
-    for a, b in zip(gradients(layers.geglu, x)[1], gradients(lambda x: x[..., :6] * F.gelu(x[..., 6:]), x)[1]):
+    linear = torch.nn.Linear(6, 5)
+    inputs = (x, *linear.parameters())
+    ours = gradients(lambda x, *_: layers.geglu_linear(x, linear), *inputs)[1]
+    want = gradients(lambda x, *_: linear(x[..., :6] * F.gelu(x[..., 6:])), *inputs)[1]
+    for a, b in zip(ours, want, strict=True):
         torch.testing.assert_close(a, b)
     for stride, padding in ((1, 1), (2, 1), (1, 0)):
         conv = torch.nn.Conv2d(5, 6, 3, stride, padding)
@@ -102,6 +110,23 @@ def test_geglu_and_frozen_convolution_have_the_plain_gradients():
         got, grads = gradients(lambda x, conv=conv: layers.conv2d(x, conv), image)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(grads[0], want_grads[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_norm_and_linear_layers_have_the_plain_gradients(frozen):
+    """Several layers on one LayerNorm, with and without bias; frozen ones hand the gradient on and take none."""
+    torch.manual_seed(0)
+    norm, linears = torch.nn.LayerNorm(6), [torch.nn.Linear(6, 5, bias=False), torch.nn.Linear(6, 3)]
+    torch.nn.init.normal_(norm.weight)
+    linears[0].requires_grad_(not frozen)
+    x = torch.randn(4, 7, 6, requires_grad=True)
+    inputs = [p for p in (x, *norm.parameters(), *linears[0].parameters(), *linears[1].parameters()) if p.requires_grad]
+    ours = gradients(lambda *_: torch.cat(layers.norm_linear(x, norm, *linears), -1), *inputs)
+    want = gradients(lambda *_: torch.cat([linear(norm(x)) for linear in linears], -1), *inputs)
+    torch.testing.assert_close(ours[0], want[0])
+    assert len(ours[1]) == 5 + (not frozen)
+    for a, b in zip(ours[1], want[1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -130,7 +155,7 @@ def test_less_is_kept_for_backward_than_in_the_published_form():
     checkpointed = bench.kept_bytes(objects=1, checkpointing=True, **small)["saved_gib"]
     with bench.published_form():
         published = bench.kept_bytes(objects=1, **small)["saved_gib"]
-    assert checkpointed < 0.2 * ours and frozen < 0.75 * ours and ours < 0.72 * published
+    assert checkpointed < 0.22 * ours and frozen < 0.85 * ours and ours < 0.55 * published, (frozen, ours, published)
 
 
 # ---- UNet ------------------------------------------------------------------------------------------------------------
