@@ -3,6 +3,8 @@
 So a resumed run, another number of workers or another world size sees the same samples, with no loader state to save.
 """
 
+import multiprocessing.context
+import multiprocessing.popen_fork
 import os
 import signal
 from functools import lru_cache
@@ -91,13 +93,26 @@ def stack(samples: list[dict]) -> dict:
     return out
 
 
+class _Popen(multiprocessing.popen_fork.Popen):
+    terminate = multiprocessing.popen_fork.Popen.kill
+
+
+class _Worker(multiprocessing.context.ForkProcess):
+    """Forked, so that datasets need not be picklable; ended by SIGKILL, as it ignores a SIGTERM."""
+
+    _Popen = staticmethod(_Popen)
+
+
+class _Context(multiprocessing.context.ForkContext):
+    Process = _Worker
+
+
 def _start_worker(_):
-    """One thread each, and a session of its own: a stop signal to the process group is the trainer's business."""
+    """One thread each, and a session of its own: a stop signal to the group or to all processes is the trainer's business."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # drops one that came since the fork; from now on the trainer may send it
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # sent to all of a job's processes: the trainer saves first
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
@@ -108,7 +123,7 @@ def loader(dataset, batches, workers: int, collate=None, prefetch: int = 2, pin:
     """
     options = {"num_workers": workers, "worker_init_fn": _start_worker, "prefetch_factor": prefetch if workers else None}
     options["pin_memory"] = torch.cuda.is_available() if pin is None else pin
-    options["multiprocessing_context"] = "fork" if workers else None  # datasets need not be picklable
+    options["multiprocessing_context"] = _Context() if workers else None
     options["generator"] = torch.Generator()  # DataLoader draws from it: leave the global one alone
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

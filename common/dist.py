@@ -6,6 +6,7 @@ that a flag of the host needs no wait for the GPU, on CUDA through NCCL.
 
 import atexit
 import faulthandler
+import gc
 import hashlib
 import os
 import signal
@@ -71,6 +72,8 @@ def _own_store(store: td.Store, number: int, world: int, deadline: float) -> td.
 
 
 def shutdown() -> None:
+    """Leave the process group. Let go of DDP before: as the group's last owner it would wait for a thread that waits for the GIL."""
+    gc.collect()
     _place.update(time=None, store=None)
     if td.is_initialized():
         td.destroy_process_group()

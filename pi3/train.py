@@ -8,7 +8,6 @@
   resume         the same command again
 """
 
-import gc
 import sys
 import time
 from contextlib import nullcontext
@@ -334,8 +333,7 @@ def main() -> None:
     progress.close()
     failed = checkpoints.wait()
     log.close()
-    net = None  # DDP must go before the process group: as the group's last owner it would wait for a thread that waits for the GIL
-    gc.collect()
+    net = None  # DDP goes before its process group
     dist.shutdown()
     if failed:
         sys.exit(failed)

@@ -274,6 +274,7 @@ def main() -> None:
     progress.close()
     failed = checkpoints.wait()
     log.close()
+    net = None  # DDP goes before its process group
     dist.shutdown()
     if failed:
         sys.exit(failed)
