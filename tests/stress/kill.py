@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
@@ -52,7 +53,7 @@ def wait_and_kill(run: forks.Run, checkpoints: Path, rng: random.Random, span: f
     if in_save:  # the n-th file written by this process, and a little later
         seen, count, later = set(), rng.randint(1, 8), rng.uniform(0, 0.3) ** 2
         while run.running() and len(seen) < count:
-            seen |= {(path.name, path.stat().st_ino) for path in _unfinished(checkpoints)}
+            seen |= _unfinished(checkpoints)
             time.sleep(0.001)
         end = time.monotonic() + later
     while run.running() and time.monotonic() < end:
@@ -63,8 +64,13 @@ def wait_and_kill(run: forks.Run, checkpoints: Path, rng: random.Random, span: f
     return True
 
 
-def _unfinished(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*.tmp") if path.exists()]
+def _unfinished(folder: Path) -> set[tuple[str, int]]:
+    """Name and inode of every file that is being written; it may be gone the next moment."""
+    found = set()
+    for path in folder.glob("*.tmp"):
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def drill(name: str, kills: int, ranks: int = 2, seed: int = 0) -> dict:
