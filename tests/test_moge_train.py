@@ -302,6 +302,8 @@ def test_compiled_blocks_change_nothing(section):
     model = build(section)
     table = dict(config.read(ROOT / "moge" / "configs" / ("v1.json" if section is NET else "v2.json")).loss.synthetic)
     table.pop("patch_64")
+    if model.version == "v2":  # there, at random weights, a change of the weights by 1e-6 turns this loss's whole gradient
+        table.pop("normal")
     plain = gradients(model, table)
     names = list(model.state_dict())
     model.compile_blocks()
