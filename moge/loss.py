@@ -115,7 +115,7 @@ def sample_anchors(
     """
     B, H, W = mask.shape
     if importance:  # offsets on the CPU: they become slices
-        rows, cols = torch.randint(-radius_2d, radius_2d + 1, (2, num_offsets))
+        rows, cols = torch.randint(-radius_2d, radius_2d + 1, (2, num_offsets), device="cpu")
         weight = anchor_weights(points, mask, radius_3d, rows, cols)
     else:
         weight = mask.float()

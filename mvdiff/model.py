@@ -303,11 +303,11 @@ class ObjectNoise:
     else is in the batch, nor on the device. Call it for the next (D * B * V, 4, h, w)."""
 
     def __init__(self, seeds: list[int], domains: int, views: int, shape: tuple[int, ...], device: torch.device | str = "cpu"):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self.shape, self.device = (domains, views, *shape), device
 
     def __call__(self, *_) -> Tensor:
-        draws = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators], dim=1)  # (D,B,V,4,h,w)
+        draws = torch.stack([torch.randn(self.shape, generator=g, device="cpu") for g in self.generators], dim=1)  # (D,B,V,4,h,w)
         return draws.flatten(0, 2).to(self.device)
 
 

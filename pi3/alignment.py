@@ -88,7 +88,7 @@ def nearest_index(n: int | Tensor, size: int, device=None) -> Tensor:
 
     n: an int or a tensor (...) of counts. k * (n / size) is rounded to float32 before the floor, which matters for large n.
     """
-    n = torch.as_tensor(n, device=device)[..., None]
+    n = (n if isinstance(n, Tensor) else torch.tensor(n, device=device))[..., None]
     k = torch.arange(size, dtype=torch.float32, device=n.device)
     return torch.minimum((k * (n.float() / size)).floor().long(), (n - 1).clamp_min(0))
 

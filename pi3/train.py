@@ -136,7 +136,7 @@ def train_step(
     t, device, count, logged = cfg.train, guard.device, len(batches), {}
     optimizer.zero_grad(set_to_none=True)
     for i, batch in enumerate(batches):
-        truth, normals = unpack(batch, device), has_normals(batch["dataset"]).to(device, non_blocking=True)
+        truth, normals = unpack(batch, device), has_normals(batch["dataset"], "cpu").to(device, non_blocking=True)
         with unsynced(net, i < count - 1):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 pred = net(truth["imgs"])

@@ -205,3 +205,27 @@ def put_slow_writes(seconds: float) -> None:
         return slow
 
     wrap(checkpoint, "_entry", write_of)
+
+
+def put_foreign_device(_: bool) -> None:
+    """From the seeding of a step to its backward pass, whatever names no device is made on `meta`, as if the model were elsewhere."""
+    foreign = []
+
+    def enter(original):
+        def seed_step(*args):
+            original(*args)
+            foreign.append(torch.device("meta"))
+            foreign[-1].__enter__()
+
+        return seed_step
+
+    def leave(original):
+        def settle(self):
+            while foreign:
+                foreign.pop().__exit__(None, None, None)
+            original(self)
+
+        return settle
+
+    wrap(dist, "seed_step", enter)
+    wrap(guard.StepGuard, "settle", leave)
