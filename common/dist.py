@@ -149,27 +149,17 @@ def checksum(tensors) -> torch.Tensor:
     return torch.as_tensor(total)
 
 
-def all_equal(tensor: torch.Tensor) -> bool:
-    """True on every rank when the tensor has the same bits on all. `all_equal(checksum(model.parameters()))` finds drift."""
-    bits = tensor.detach().reshape(-1).view(torch.uint8).long()
-    high, low = _reduce(torch.stack([bits, -bits]), td.ReduceOp.MAX)  # max(-x) is -min(x)
-    return bool((high == -low).all())
-
-
 def check_drift(parameters, step: int) -> None:
     """RuntimeError on every rank where the parameters are not the same, bit for bit, on all: one pass over them, one reduction."""
-    if not all_equal(checksum(parameters)):
+    total = checksum(parameters)
+    high, low = _reduce(torch.stack([total, -total]), td.ReduceOp.MAX)  # max(-x) is -min(x)
+    if high != -low:
         raise RuntimeError(f"the ranks' parameters differ at step {step}: nothing saved; the last checkpoint is good")
 
 
-def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """A well mixed 64-bit seed, a pure function of its arguments."""
-    return int(np.random.SeedSequence([seed, step, rank, 1]).generate_state(1, np.uint64)[0])
-
-
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    """Seed torch's CPU and CUDA generators for one step (dropout, diffusion noise): a resumed step draws the same."""
-    torch.manual_seed(step_seed(seed, step, rank))
+    """Seed torch's generators for one step (dropout, diffusion noise) by the arguments alone: a resumed step draws the same."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank, 1]).generate_state(1, np.uint64)[0]))
 
 
 def autocast_dtype(amp, device: torch.device) -> torch.dtype | None:

@@ -101,6 +101,27 @@ def colorize(values: np.ndarray, lo: float, hi: float) -> np.ndarray:
     return cv2.applyColorMap(np.uint8(np.rint(255 * level)), cv2.COLORMAP_TURBO)[..., ::-1] * finite[..., None].astype(np.uint8)
 
 
+def at_height(image: np.ndarray, height: int) -> np.ndarray:
+    """An image (H, W, 3), resized to this height."""
+    width = max(1, round(image.shape[1] * height / image.shape[0]))
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_NEAREST)
+
+
+def contact_sheet(images: list[np.ndarray], columns: int | None = None, gap: int = 4, height: int | None = None) -> np.ndarray:
+    """Lay images (h, w, 3) uint8 out in rows on white, at the top left of cells of the largest size; scaled to `height` first."""
+    if not images:
+        raise ValueError("a contact sheet needs at least one image")
+    images = [at_height(image, height) for image in images] if height else images
+    columns = min(columns or int(np.ceil(np.sqrt(len(images)))), len(images))
+    rows = -(-len(images) // columns)
+    high, wide = (max(image.shape[axis] for image in images) + gap for axis in (0, 1))
+    sheet = np.full((rows * high - gap, columns * wide - gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * high, i % columns * wide
+        sheet[y : y + image.shape[0], x : x + image.shape[1]] = image
+    return sheet
+
+
 def safe_join(root, relative: str) -> Path:
     """root/relative; ValueError where that leaves the root (absolute, "..", NUL). Links below the root are the owner's choice."""
     normal = os.path.normpath(relative)

@@ -29,9 +29,9 @@ import numpy as np
 from tqdm import tqdm
 
 from common import data
-from common.io import read_image, read_png16, write_image
+from common.io import contact_sheet, read_image, read_png16, write_image
 from lbm.augment import centre_crop, crop_frames, draw_view, move_tracks, photometric
-from lbm.draw import contact_sheet, draw_tracks
+from lbm.draw import draw_tracks
 from lbm.unpickle import load_npy
 
 

@@ -42,17 +42,3 @@ def draw_tracks(frames: np.ndarray, tracks: np.ndarray, visible: np.ndarray, tra
                 cv2.circle(image, place, radius, paint[n], 1, cv2.LINE_AA, bits)
         out[t] = image
     return out
-
-
-def contact_sheet(images: list[np.ndarray], columns: int | None = None, gap: int = 4) -> np.ndarray:
-    """Lay images (h, w, 3) uint8 out in rows on white, each at the top left of a cell of the largest size. Returns one image."""
-    if not images:
-        raise ValueError("a contact sheet needs at least one image")
-    columns = min(columns or int(np.ceil(np.sqrt(len(images)))), len(images))
-    rows = -(-len(images) // columns)
-    high, wide = (max(image.shape[axis] for image in images) + gap for axis in (0, 1))
-    sheet = np.full((rows * high - gap, columns * wide - gap, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = i // columns * high, i % columns * wide
-        sheet[y : y + image.shape[0], x : x + image.shape[1]] = image
-    return sheet

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from common import dist
-from common.io import read_image, write_image
-from lbm.draw import contact_sheet, draw_tracks
+from common.io import contact_sheet, read_image, write_image
+from lbm.draw import draw_tracks
 from lbm.eval import load_model
 from lbm.model import point_grid
 

@@ -21,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from common import config, data, dist
 from common.checkpoint import Checkpoints, apply_optimizer, apply_weights
 from common.guard import StepGuard
+from common.io import contact_sheet
 from common.log import Logger, Progress
 from lbm.dataset import KubricDataset
-from lbm.draw import contact_sheet, draw_tracks
+from lbm.draw import draw_tracks
 from lbm.eval import MODEL_KEYS, evaluate, table
 from lbm.model import LBM, LOSS_NAMES, load_checkpoint, load_resnet18
 from lbm.tapvid import find_files

@@ -18,9 +18,8 @@ import torch
 from tqdm import tqdm
 
 from common import data
-from common.io import safe_join, write_image
+from common.io import contact_sheet, safe_join, write_image
 from moge.augment import AUGMENTATIONS, process_instance
-from moge.draw import contact_sheet
 from moge.io import read_index, read_instance
 from moge.vis_data import COLUMNS, instance_row
 

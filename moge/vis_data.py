@@ -19,9 +19,9 @@ import cv2
 import numpy as np
 import torch
 
-from common.io import write_image, write_ply
+from common.io import at_height, contact_sheet, write_image, write_ply
 from moge.augment import depth_normals
-from moge.draw import contact_sheet, depth_picture, fit, normal_picture
+from moge.draw import depth_picture, normal_picture
 from moge.geometry import depth_to_points
 from moge.io import read_instance
 
@@ -41,7 +41,7 @@ def pictures(instance: dict) -> dict[str, np.ndarray]:
 def instance_row(instance: dict, name: str, made: dict[str, np.ndarray] | None = None) -> list[np.ndarray]:
     """The image, labelled, and the `pictures` of an instance, within 320 x 240: a row of a contact sheet of COLUMNS."""
     row = [instance["image"], *(made or pictures(instance)).values()]
-    row = [fit(picture, min(240, round(320 * picture.shape[0] / picture.shape[1]))) for picture in row]
+    row = [at_height(picture, min(240, round(320 * picture.shape[0] / picture.shape[1]))) for picture in row]
     for colour, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
         cv2.putText(row[0], name[-40:], (5, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, width, cv2.LINE_AA)
     return row

@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import data
-from common.io import write_image
+from common.io import contact_sheet, write_image
 from pi3 import augment, sampling
-from pi3.draw import contact_sheet, overlap_picture
+from pi3.draw import overlap_picture
 from pi3.geometry import overlap, transform, unproject, valid_depth
 from pi3.readers import detect, sequence_name, write_invalid_list
 
@@ -180,9 +180,9 @@ def check(reader, samples: int, views: int, out: str | Path, stride: int = 1, si
         K, depth = torch.from_numpy(sample["intrinsics"]), torch.from_numpy(sample["depth"])
         seen = overlap(batch["local_points"][0], depth, K, batch["poses"][0], batch["mask"][0])
         names = [f"{sample['sequence'][-14:]} {frame}" for frame in sample["frames"]]
-        rows.append([overlap_picture(sample["images"], seen.numpy(), names)])
+        rows.append(overlap_picture(sample["images"], seen.numpy(), names))
     if rows:
-        write_image(out, contact_sheet(rows, gap=12))
+        write_image(out, contact_sheet(rows, columns=1, gap=12))
     return bad
 
 

@@ -1,19 +1,9 @@
-"""Pictures: contact sheets, cameras and points from above, training views beside truth, overlap of views."""
+"""Pictures: cameras and points from above, training views beside truth, overlap of views."""
 
 import cv2
 import numpy as np
 
-from common.io import colorize
-
-
-def contact_sheet(rows: list[list[np.ndarray]], gap: int = 4) -> np.ndarray:
-    """Lay rows of images (h, w, 3) uint8 out on white, each at the top left of a cell of the largest size. Returns one image."""
-    high, wide = (max(image.shape[axis] for row in rows for image in row) + gap for axis in (0, 1))
-    sheet = np.full((len(rows) * high - gap, max(map(len, rows)) * wide - gap, 3), 255, np.uint8)
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            sheet[y * high : y * high + image.shape[0], x * wide : x * wide + image.shape[1]] = image
-    return sheet
+from common.io import colorize, contact_sheet
 
 
 def label(image: np.ndarray, text: str) -> np.ndarray:
@@ -79,7 +69,7 @@ def training_picture(images: np.ndarray, depth: np.ndarray, mask: np.ndarray, pr
     both = mask & (predicted > 0)
     scale = np.median(depth[both]) / np.median(predicted[both]) if both.any() else 1.0
     maps = depth_pictures(np.concatenate([depth, predicted * scale]), np.concatenate([mask, np.ones_like(mask)]))
-    return contact_sheet([list(images), maps[: len(images)], maps[len(images) :]])
+    return contact_sheet([*images, *maps], columns=len(images))
 
 
 def overlap_picture(images: np.ndarray, seen: np.ndarray, names: list[str]) -> np.ndarray:
@@ -100,5 +90,5 @@ def overlap_picture(images: np.ndarray, seen: np.ndarray, names: list[str]) -> n
             place = (j * cell + cell // 2 - 9, i * cell + cell // 2 + 4)
             text = f"{100 * share[i, j]:.0f}"
             cv2.putText(matrix, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.35, (255, 255, 255), 1, cv2.LINE_AA)
-    upper = [label(image, name) for image, name in zip(images, names)]
-    return contact_sheet([upper, [*lower, matrix]])
+    upper, white = [label(image, name) for image, name in zip(images, names)], np.full((1, 1, 3), 255, np.uint8)
+    return contact_sheet([*upper, white, *lower, matrix], columns=n + 1)

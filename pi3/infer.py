@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from common import dist
-from common.io import read_image, write_image, write_ply
+from common.io import contact_sheet, read_image, write_image, write_ply
 from pi3.augment import inference_size
-from pi3.draw import contact_sheet, depth_pictures, label, top_down
+from pi3.draw import depth_pictures, label, top_down
 from pi3.eval import predict
 from pi3.geometry import depth_edge, depth_normal_edge, intrinsics_from_points, rescale_poses, transform
 from pi3.metrics import umeyama
@@ -137,8 +137,8 @@ def main() -> None:
         write_image(args.save_path / "depth" / f"{name}.png", picture)
     write_image(args.save_path / "cameras.png", top_down(poses, points, colors))
     shown = np.linspace(0, len(images) - 1, min(6, len(images))).astype(int)
-    rows = [[label(images[i], names[i]) for i in shown], [maps[i] for i in shown]]
-    write_image(args.save_path / "overview.jpg", contact_sheet(rows))
+    sheet = contact_sheet([label(images[i], names[i]) for i in shown] + [maps[i] for i in shown], columns=len(shown))
+    write_image(args.save_path / "overview.jpg", sheet)
     print(f"{len(images)} images of {images.shape[2]}x{images.shape[1]}, {len(points)} points kept ({keep.mean():.0%} of the pixels)")
     print(f"{args.save_path / 'cameras.npz'}: camera_to_world (N, 4, 4), intrinsics (N, 3, 3) px, depth (N, H, W), keep (N, H, W), names")
     print(f"points.ply, depth/NAME.png, cameras.png (from above) and overview.jpg in {args.save_path}")

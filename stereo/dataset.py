@@ -23,11 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from common import data
-from common.io import write_image, write_png16
+from common.io import contact_sheet, write_image, write_png16
 from stereo import photometric, spatial
 from stereo.augment import right_view_disparity
 from stereo.codec import encode_fsd
-from stereo.draw import contact_sheet, disparity_picture
+from stereo.draw import disparity_picture
 from stereo.formats import Pair, decode_disparity, list_pairs, load_raw, read_disparity, read_views
 
 AUGMENTATIONS = ("disparity_stretching", "flipping", "vertical_flipping", "jittering", "eraser", "misalignment")

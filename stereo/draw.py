@@ -2,10 +2,9 @@
 
 import json
 
-import cv2
 import numpy as np
 
-from common.io import colorize, write_image
+from common.io import colorize, contact_sheet, write_image
 
 
 def disparity_picture(disparity: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
@@ -19,27 +18,6 @@ def disparity_picture(disparity: np.ndarray, low: float | None = None, high: flo
 def error_picture(pred: np.ndarray, truth: np.ndarray, mask: np.ndarray, limit: float = 4.0) -> np.ndarray:
     """|pred - truth| in pixels from blue (0) to red (`limit` and more), black where there is no truth."""
     return colorize(np.where(mask, np.abs(pred - truth), np.nan), 0.0, limit)
-
-
-def fit(image: np.ndarray, height: int) -> np.ndarray:
-    """(H, W, 3) at this height."""
-    width = max(1, round(image.shape[1] * height / image.shape[0]))
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if height < image.shape[0] else cv2.INTER_NEAREST)
-
-
-def contact_sheet(images: list[np.ndarray], columns: int | None = None, gap: int = 4, height: int | None = None) -> np.ndarray:
-    """Lay images (h, w, 3) uint8 out in rows on white, at the top left of cells of the largest size; scaled to `height` first."""
-    if not images:
-        raise ValueError("a contact sheet needs at least one image")
-    images = [fit(image, height) for image in images] if height else images
-    columns = min(columns or int(np.ceil(np.sqrt(len(images)))), len(images))
-    rows = -(-len(images) // columns)
-    high, wide = (max(image.shape[axis] for image in images) + gap for axis in (0, 1))
-    sheet = np.full((rows * high - gap, columns * wide - gap, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = i // columns * high, i % columns * wide
-        sheet[y : y + image.shape[0], x : x + image.shape[1]] = image
-    return sheet
 
 
 def panel(left: np.ndarray, right: np.ndarray, truth: np.ndarray, mask: np.ndarray, pred: np.ndarray) -> np.ndarray:

@@ -19,9 +19,9 @@ from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 from common import dist
-from common.io import write_image, write_ply, write_png16
+from common.io import contact_sheet, write_image, write_ply, write_png16
 from stereo.codec import encode_kitti, encode_pfm
-from stereo.draw import contact_sheet, disparity_picture
+from stereo.draw import disparity_picture
 from stereo.eval import load_model, predictor
 from stereo.formats import Pair, read_calibration, read_views, stems
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 from common import data
-from common.io import read_image, write_image, write_png16
+from common.io import contact_sheet, read_image, write_image, write_png16
 from lbm import augment, baselines, dataset, draw, metrics
 from lbm.dataset import KubricDataset
 from lbm.tapvid import tapvid
@@ -682,5 +682,5 @@ def test_drawing():
     assert np.array_equal(empty, frames)
     wild = draw.draw_tracks(frames, np.where(tracks > 40, np.nan, 1e12), visible)
     assert wild.shape == frames.shape
-    sheet = draw.contact_sheet([*pictures, pictures[0, :32]], columns=4, gap=2)
+    sheet = contact_sheet([*pictures, pictures[0, :32]], columns=4, gap=2)
     assert sheet.shape == (2 * 66 - 2, 4 * 98 - 2, 3) and np.array_equal(sheet[66:, 98 : 98 + 96][:32], pictures[0, :32])

@@ -9,12 +9,13 @@ from types import ModuleType
 import numpy as np
 import torch
 
-ROOT = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "cases"))
+OWN = Path(__file__).parent / "cases"
+ROOT = Path(os.environ.get("PARITY_DIR", OWN))
 
 
 def module(name: str) -> ModuleType:
-    """Import a helper that stands beside the cases, e.g. module('fill') or module('lbm/inputs')."""
-    path = ROOT / f"{name}.py"
+    """Import a helper that stands beside the cases (or beside ours), e.g. module('fill') or module('lbm/inputs')."""
+    path = next(p for p in (ROOT / f"{name}.py", OWN / f"{name}.py") if p.exists())
     spec = importlib.util.spec_from_file_location("golden_" + name.replace("/", "_"), path)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
