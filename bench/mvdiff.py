@@ -159,7 +159,7 @@ class Trainer:
         latents = (mean + std * torch.randn_like(std)) * self.vae.scaling_factor
         self.times["encoders"] = (encoded := self.clock()) - start
         noise = torch.randn_like(latents)
-        t = loss.draw_timesteps(1000, "group", 2, self.objects, VIEWS, self.device)
+        t = loss.draw_timesteps(1000, "group", [torch.default_generator] * self.objects, 2, VIEWS).to(self.device)
         with torch.autocast(self.device, self.amp, enabled=self.amp is not None):
             x = self.diffusion.add_noise(latents, noise, t)
             prediction = model.predict(self.network, x, t, latent, embedding, self.camera, VIEWS)

@@ -3,6 +3,8 @@
 Rows are ordered (domain, object, view), views fastest: see unet.py. Everything here is fp32.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,32 +27,36 @@ def unit_count(unit: str, domains: int, objects: int, views: int) -> int:
     return (domains if unit in ("row", "group") else 1) * objects * (views if unit in ("row", "pair") else 1)
 
 
-def draw_timesteps(
-    total: int, sharing: str, domains: int, objects: int, views: int, device: torch.device | str = "cpu"
-) -> Tensor:
+def draw_rows(draw: Callable, generators: Sequence[torch.Generator], domains: int, views: int, *shape: int) -> Tensor:
+    """Random rows (domains * objects * views, *shape), each object's from its own generator: whatever else is in the batch, and on
+    whatever rank, an object's numbers are the same. `draw`: torch.randn, torch.rand, or another of their form."""
+    draws = [draw((domains, views, *shape), generator=g, device=g.device) for g in generators]
+    return torch.stack(draws, 1).flatten(0, 2)
+
+
+def draw_units(draw: Callable, generators: Sequence[torch.Generator], unit: str, domains: int, views: int) -> Tensor:
+    """One random number per unit, as `spread` takes them."""
+    return draw_rows(draw, generators, unit_count(unit, domains, 1, 1), unit_count(unit, 1, 1, views))
+
+
+def draw_timesteps(total: int, sharing: str, generators: Sequence[torch.Generator], domains: int, views: int) -> Tensor:
     """Uniform time steps in [0, total), int64, one per row, shared within each `sharing` unit.
 
     "group" is the published training: the views of an object share t, its two domains do not. "row": every view its own.
     "object": both domains share t, as they do in sampling.
     """
-    t = torch.randint(total, (unit_count(sharing, domains, objects, views),), device=device)
-    return spread(t, sharing, domains, objects, views)
+    t = draw_units(lambda *size, **options: torch.randint(total, *size, **options), generators, sharing, domains, views)
+    return spread(t, sharing, domains, len(generators), views)
 
 
-def offset_noise(noise: Tensor, offset: float, per_channel: Tensor | None = None) -> Tensor:
-    """noise (N,4,h,w) + offset * one normal number per row and channel (N,4,1,1), drawn here unless given."""
-    if offset == 0:
-        return noise
-    if per_channel is None:
-        per_channel = torch.randn(*noise.shape[:2], 1, 1, device=noise.device, dtype=noise.dtype)
-    return noise + offset * per_channel
+def offset_noise(noise: Tensor, offset: float, per_channel: Tensor) -> Tensor:
+    """noise (N,4,h,w) + offset * one normal number per row and channel (N,4,1,1)."""
+    return noise + offset * per_channel if offset else noise
 
 
-def perturb_input(noise: Tensor, strength: float, extra: Tensor | None = None) -> Tensor:
-    """The noise that is added to the input only, while the target keeps `noise` (arXiv 2301.11706)."""
-    if strength == 0:
-        return noise
-    return noise + strength * (torch.randn_like(noise) if extra is None else extra)
+def perturb_input(noise: Tensor, strength: float, extra: Tensor) -> Tensor:
+    """The noise that is added to the input only, while the target keeps `noise` (arXiv 2301.11706); extra: normal, of its shape."""
+    return noise + strength * extra if strength else noise
 
 
 def keep_conditions(u: Tensor, rate: float, rule: str = "separate") -> tuple[Tensor, Tensor]:

@@ -83,24 +83,33 @@ def encode(frozen: Frozen, batch: dict, cfg, options: dict) -> dict[str, Tensor]
     return {**work, "camera": target_rows(batch["camera_embed"]), "is_normal": batch["is_normal"]}
 
 
-def denoise(net, frozen: Frozen, work: dict[str, Tensor], cfg, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+def make_generators(seed: int, positions: Tensor, device: torch.device) -> list[torch.Generator]:
+    """One for each object of a batch, a function of (seed, position)."""
+    seeds = [int(data.rng(seed, position, 1).integers(2**63)) for position in positions.tolist()]
+    return [torch.Generator(device).manual_seed(number) for number in seeds]
+
+
+def denoise(
+    net, frozen: Frozen, work: dict[str, Tensor], generators: list[torch.Generator], cfg, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, squared error of each row (N,), time steps (N,)) of one prediction, with noise, time steps and drops drawn here."""
     (b, d), v, scale = work["is_normal"].shape, cfg.num_views, frozen.vae.scaling_factor
-    device, mean, std = work["mean"].device, work["mean"], work["std"]
-    latents = (mean + std * torch.randn_like(std)) * scale  # (N,4,h,w)
-    latent = work["condition_mean"]
+    mean, std, latent = work["mean"], work["std"], work["condition_mean"]
+    normal = lambda *shape: losses.draw_rows(torch.randn, generators, d, v, *shape)
+    latents = (mean + std * normal(*std.shape[1:])) * scale  # (N,4,h,w)
     if cfg.cond_latent == "sample":
-        latent = latent + work["condition_std"] * torch.randn_like(latent)
+        latent = latent + work["condition_std"] * losses.draw_rows(torch.randn, generators, 1, 1, *latent.shape[1:])
     latent = latent * (scale if cfg.scale_input_latents else 1.0)
-    noise = losses.offset_noise(torch.randn_like(latents), cfg.noise_offset)
-    t = losses.draw_timesteps(frozen.diffusion.num_train_timesteps, cfg.timestep_sharing, d, b, v, device)
+    noise = losses.offset_noise(normal(*std.shape[1:]), cfg.noise_offset, normal(std.shape[1], 1, 1))
+    t = losses.draw_timesteps(frozen.diffusion.num_train_timesteps, cfg.timestep_sharing, generators, d, v)
     keep = []
     if cfg.use_classifier_free_guidance:
         unit = losses.DROP_UNITS[cfg.drop_type]
-        u = torch.rand(losses.unit_count(unit, d, b, v), device=device)
+        u = losses.draw_units(torch.rand, generators, unit, d, v)
         keep = [losses.spread(k, unit, d, b, v) for k in losses.keep_conditions(u, cfg.condition_drop_rate, cfg.drop_rule)]
-    x = frozen.diffusion.add_noise(latents, losses.perturb_input(noise, cfg.input_perturbation), t)
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+    perturbed = losses.perturb_input(noise, cfg.input_perturbation, normal(*std.shape[1:])) if cfg.input_perturbation else noise
+    x = frozen.diffusion.add_noise(latents, perturbed, t)
+    with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
         prediction = predict(net, x, t, latent, work["embedding"], work["camera"], v, *keep)
     value, rows = losses.denoising_loss(prediction, latents, noise, t, frozen.diffusion, cfg.snr_gamma, cfg.snr_rule)
     return value, rows, t
@@ -123,11 +132,12 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     mean, tally = 0.0, 0.0
     for i, batch in enumerate(batches):
+        generators = make_generators(cfg.seed, batch["position"], device)
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items() if isinstance(value, Tensor)}
         work = encode(frozen, batch, cfg, options)
         alone = i < count - 1 and isinstance(net, DistributedDataParallel)  # gradients travel with the last micro-batch
         with net.no_sync() if alone else nullcontext():
-            value, rows, t = denoise(net, frozen, work, cfg, dtype)
+            value, rows, t = denoise(net, frozen, work, generators, cfg, dtype)
             scaler.scale(value / count).backward()
         mean = mean + value.detach() / count
         tally = tally + tally_rows(rows, t, work["is_normal"], cfg.num_views, frozen.diffusion.num_train_timesteps)

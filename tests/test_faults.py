@@ -209,7 +209,7 @@ def test_small_data_sets_give_all_ranks_the_same_steps(name, lab, count):
     assert sorted(metrics(lab.folder / "run")) == list(range(1, STEPS + 1)) and "bad sample" not in output
 
 
-@each("pi3", "moge")
+@each("pi3", "moge", "mvdiff")
 def test_world_size_may_change(name, lab, straight):
     """2 ranks, then 1, then 2 again: the same samples in each step, and losses within rounding where no layer counts its batch."""
     record = {"samples": str(lab.folder / "samples")}

@@ -510,18 +510,22 @@ def test_zero_terminal_snr_cannot_be_sampled_from_epsilon():
 
 
 def test_time_steps_and_noise_are_shared_as_asked():
-    torch.manual_seed(0)
+    make = lambda seeds=(0, 1, 2): [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (2, 3, VIEWS)
     for sharing, same_over in (("row", ()), ("pair", (0,)), ("group", (2,)), ("object", (0, 2))):
-        t = loss.draw_timesteps(1000, sharing, *shape).view(shape)
+        t = loss.draw_timesteps(1000, sharing, make(), 2, VIEWS).view(shape)
         for axis in range(3):
             equal = bool((t == t.narrow(axis, 0, 1)).all())
             assert equal == (axis in same_over), (sharing, axis)
-    noise = torch.zeros(4, 4, 8, 8)
-    shifted = loss.offset_noise(noise, 0.5)
-    assert torch.equal(shifted, shifted[:, :, :1, :1].expand_as(shifted)) and shifted.std() > 0.1
-    assert loss.offset_noise(noise, 0.0) is noise and loss.perturb_input(noise, 0.0) is noise
-    assert loss.perturb_input(noise, 0.1).std() > 0.05
+        alone = loss.draw_timesteps(1000, sharing, make([1]), 2, VIEWS).view(2, 1, VIEWS)
+        assert torch.equal(alone, t[:, 1:2])  # whatever else is in the batch
+    noise, extra = torch.zeros(4, 4, 8, 8), torch.randn(4, 4, 1, 1)
+    assert torch.equal(loss.offset_noise(noise, 0.5, extra), 0.5 * extra.expand_as(noise))
+    assert loss.offset_noise(noise, 0.0, extra) is noise and loss.perturb_input(noise, 0.0, noise) is noise
+    assert torch.equal(loss.perturb_input(noise, 0.1, noise + 1), noise + 0.1)
+    rows = loss.draw_rows(torch.randn, make(), 2, VIEWS, 4, 8, 8).view(2, 3, VIEWS, 4, 8, 8)
+    assert torch.equal(rows[:, 2:], loss.draw_rows(torch.randn, make([2]), 2, VIEWS, 4, 8, 8).view(2, 1, VIEWS, 4, 8, 8))
+    assert 0.9 < rows.std() < 1.1 and not torch.equal(rows[:, 0], rows[:, 1])
 
 
 def test_metrics_of_known_pictures():
