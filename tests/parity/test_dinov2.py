@@ -20,6 +20,12 @@ def build(folder, config):
     return module(folder).dinov2(hub, **config) if hub else module(folder).DINOv2(**config)
 
 
+def draw(spec):
+    """offset + scale * draw(seed, shape, kind), float32."""
+    value = golden.module("fill").draw(spec["seed"], spec["shape"], spec.get("kind", "uniform"))
+    return torch.from_numpy(np.float32(spec.get("offset", 0)) + np.float32(spec.get("scale", 1)) * value)
+
+
 def weights(case):
     """Weights by name; the positional term is enlarged, or an interpolation fault would not show."""
     state = golden.filled(case["state_dict"])
@@ -34,7 +40,6 @@ def weights(case):
 def test_golden(name, folder):
     case, arrays = golden.load("dinov2", name)
     assert case["kind"] == "backbone", f"unknown kind {case['kind']}"
-    draw = golden.module("fill").draw
     model = build(folder, case["config"]).eval()
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == case["state_dict"]
     if "num_parameters" in case:
@@ -43,8 +48,8 @@ def test_golden(name, folder):
     scalars = case.get("inputs_spec", {}).get("scalar_patch_weights")
     for i, spec in enumerate(case["inputs"]):
         stored = arrays.get(f"in_in{i}", arrays.get(f"in_x{i}"))
-        x = torch.from_numpy(draw(spec["seed"], spec["shape"], spec["kind"]) if stored is None else stored)
-        check_input(model, case, arrays, f"in{i}.", x, scalars and torch.from_numpy(draw(*scalars[i].values())))
+        x = draw(spec) if stored is None else torch.from_numpy(stored)
+        check_input(model, case, arrays, f"in{i}.", x, scalars and draw(scalars[i]))
     for key, want in case.get("grad_norms", {}).items():  # of the last input
         golden.close(model.get_parameter(key).grad.norm(), want, rtol=1e-3, what=key)
 

@@ -164,6 +164,8 @@ def objective(src: Tensor, tgt: Tensor, w: Tensor, s: Tensor, t: Tensor, trunc: 
 
 def align_solvers(case, z, tmp_path):
     src, tgt, w = (tensor(z[k]) for k in ("in_src", "in_tgt", "in_w"))
+    stored = {k for k in z if k.endswith(".grad_src")}
+    assert stored <= {f"{entry['fn']}.trunc{entry.get('trunc')}.grad_src" for entry in case["cases"]}
     for entry in case["cases"]:
         fn, trunc, what = entry["fn"], entry.get("trunc"), f"{entry['fn']}, trunc {entry.get('trunc')}"
         axis = "xyz".index(found[1]) if (found := re.search(r"([xyz]) components", fn)) else 2
@@ -217,9 +219,15 @@ def align_solvers(case, z, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------- losses
 
 
-def loss_inputs(case: dict) -> tuple[Tensor, Tensor, Tensor, dict]:
+def scene_of(case: dict, z: dict) -> dict:
+    """The case's scene; arrays that it stores (in_image, in_depth, ...) stand for those of the scene."""
+    spec = case.get("input", {}).get("scene")
+    return (scene(spec) if spec else {}) | {k.removeprefix("in_"): v for k, v in z.items() if k.startswith("in_")}
+
+
+def loss_inputs(case: dict, z: dict) -> tuple[Tensor, Tensor, Tensor, dict]:
     """Predicted and true points (1, H, W, 3), validity (1, H, W), the scene."""
-    s = scene(case["input"]["scene"])
+    s = scene_of(case, z)
     rule = case.get("inputs_spec", {}).get("pred", {})
     pred = s[rule.get("scene", "pred")] * np.float32(rule.get("factor", 1))
     return tensor(pred)[None], tensor(s["points"])[None], tensor(np.isfinite(s["depth"]))[None], s
@@ -252,28 +260,24 @@ def check_loss(case, z, leaf: Tensor, compute) -> None:
 
 
 def loss_global(case, z, tmp_path):
-    pred, gt, mask, _ = loss_inputs(case)
-    golden.close(
-        losses.affine_invariant_global_loss(pred, gt, mask, **case["params"])[2][0], case["scale"], rtol=1e-4, what="scale"
-    )
+    pred, gt, mask, _ = loss_inputs(case, z)
+    golden.close(losses.affine_invariant_global_loss(pred, gt, mask, **case["params"])[2][0], case["scale"], rtol=1e-4, what="scale")
     check_loss(case, z, pred, lambda p: losses.affine_invariant_global_loss(p, gt, mask, **case["params"])[:2])
 
 
 def loss_local(case, z, tmp_path):
-    pred, gt, mask, _ = loss_inputs(case)
+    pred, gt, mask, _ = loss_inputs(case, z)
     focal, scale, anchors = (
         torch.tensor([case["focal"]]),
         torch.tensor([case["global_scale"]]),
         torch.tensor(case["anchors_ij"])[None],
     )
-    check_loss(
-        case, z, pred, lambda p: losses.affine_invariant_local_loss(p, gt, mask, focal, scale, anchors=anchors, **case["params"])
-    )
+    check_loss(case, z, pred, lambda p: losses.affine_invariant_local_loss(p, gt, mask, focal, scale, anchors=anchors, **case["params"]))
 
 
 def loss_local_seeded(case, z, tmp_path):
     """The official random calls, made here, give the official anchors from our weights."""
-    pred, gt, mask, s = loss_inputs(case)
+    pred, gt, mask, s = loss_inputs(case, z)
     H, W = mask.shape[1:]
     level, focal = case["params"]["level"], torch.tensor([s["focal"]])
     radius = math.ceil(0.5 / level * math.hypot(H, W))
@@ -291,7 +295,7 @@ def loss_local_seeded(case, z, tmp_path):
 
 
 def loss_normal(case, z, tmp_path):
-    pred, gt, mask, _ = loss_inputs(case)
+    pred, gt, mask, _ = loss_inputs(case, z)
     function = {"loss_normal": losses.normal_loss, "loss_edge": losses.edge_loss}[case["kind"]]
     check_loss(case, z, pred, lambda p: (function(p, gt, mask), {}))
 
@@ -315,10 +319,11 @@ def loss_metric_scale(case, z, tmp_path):
 def loss_normal_map(case, z, tmp_path):
     gt = tensor(z["in_gt_normal"])[None]
     check_loss(case, z, tensor(z["in_pred_normal"])[None], lambda n: (losses.normal_map_loss(n, gt), {}))
-    if "gt_normal" in case["outputs"]:
+    limit = re.search(r"edge_threshold=([\d.]+)", case.get("input", {}).get("gt", ""))
+    if limit:
         s = scene(case["input"]["scene"])
         depth = tensor(s["depth"])
-        normal, known = geometry.points_to_normal(geometry.depth_to_points(depth, tensor(s["K"])), depth.isfinite(), 88)
+        normal, known = geometry.points_to_normal(geometry.depth_to_points(depth, tensor(s["K"])), depth.isfinite(), float(limit[1]))
         own = torch.where(known[..., None], normal, torch.nan)
         finite_close(own.numpy(), z["in_gt_normal"], "normals of the scene", atol=1e-4)
 
@@ -358,7 +363,7 @@ def masked_nearest_resize(case, z, tmp_path):
 
 
 def geometry_helpers(case, z, tmp_path):
-    depth, K = tensor(scene(case["input"]["scene"])["depth"]), torch.tensor(case["input"]["K"])
+    depth, K = tensor(scene_of(case, z)["depth"]), torch.tensor(case["input"]["K"])
     mask = depth.isfinite()
     points = geometry.depth_to_points(depth, K)
     golden_points = z["point_map"]
@@ -415,7 +420,7 @@ def sample_perspective(case, z, tmp_path):
 
 
 def process_instance(case, z, tmp_path):
-    s, config, out = scene(case["input"]["scene"]), case["config"], case["outputs"]
+    s, config, out = scene_of(case, z), case["config"], case["outputs"]
     dataset = config["dataset"]
     keys = ("center_augmentation", "fov_range_absolute", "fov_range_relative", "image_augmentation", "clamp_max_depth")
     keys += ("depth_unit", "finite_depth_mask")
@@ -440,7 +445,7 @@ def process_instance(case, z, tmp_path):
 
 
 def color_augmentation(case, z, tmp_path):
-    stored = scene(case["input"]["scene"]) if "in_image" not in z else {"image": z["in_image"], "depth": z["in_depth"]}
+    stored = scene_of(case, z)
     for i, entry in enumerate(case["cases"]):
         rng = np.random.default_rng(entry["rng_seed"])
         image = augment.augment_colors(stored["image"].copy(), stored["depth"], entry["augmentations"], rng)
@@ -454,38 +459,40 @@ def color_augmentation(case, z, tmp_path):
             golden.close(image[inner][same], z[entry["image"]][same], atol=1, what=f"image {i}")
             continue
         assert (image != stored["image"]).any() == entry["changed"], i
-        error = np.abs(image[::4, ::4].astype(np.float64) - z[str(i)])
+        step = -(-len(image) // len(z[str(i)]))  # stored is [::step, ::step]
+        error = np.abs(image[::step, ::step].astype(np.float64) - z[str(i)])
         error = error[2:-2, 2:-2] if "dof" in entry["augmentations"] else error
         assert error.mean() <= (3 if {"dof", "jpeg_loss"} & set(entry["augmentations"]) else 1.5), (i, error.mean())
 
 
 def eval_instance(case, z, tmp_path):
-    given, out, spec = case["input"], case["outputs"], case["inputs_spec"]
-    s = scene(given["scene"])
+    given, out, spec = case["input"], case["outputs"], case.get("inputs_spec", {})
+    s = scene_of(case, z)
     instance = {"image": s["image"], "depth": s["depth"], "intrinsics": np.array(given["K"], np.float32)}
-    instance |= {"segmentation": z["in_segmentation"], "labels": spec["segmentation_labels"]}
+    if "segmentation" in s:
+        instance |= {"segmentation": s["segmentation"], "labels": spec["segmentation_labels"]}
     names = ("depth_unit", "drop_max_depth", "max_segments", "min_seg_area")
     got = augment.prepare_evaluation(instance, given["width"], given["height"], **{k: given[k] for k in names if k in given})
     golden.close(got["intrinsics"], case["intrinsics"], atol=1e-4, what="intrinsics")
-    assert got["labels"] == case["labels"]
+    if "labels" in case:
+        assert got["labels"] == case["labels"]
     image = flat(got["image"].transpose(2, 0, 1) / np.float32(255), out["image"]["flat_stride"])
     assert np.abs(image - z["image"]).mean() <= 1.5 / 255
     want = unpack(z["depth_mask.packed"], got["depth_mask"].shape)
-    assert (got["depth_mask"] != want).mean() <= 0.01 and abs(
-        int(got["depth_mask"].sum()) - case["depth_mask_count"]
-    ) <= 0.01 * want.size
+    assert (got["depth_mask"] != want).mean() <= 0.01 and abs(int(got["depth_mask"].sum()) - case["depth_mask_count"]) <= 0.01 * want.size
     both = got["depth_mask"] & want
     for key, inside in (("depth", both), ("points", np.repeat(both[..., None], 3, -1))):
         stride = out[key]["flat_stride"]
         inside, own = flat(inside, stride), flat(got[key], stride)
         error = np.abs(own - z[key])[inside] / np.maximum(np.abs(z[key][inside]), 1e-2)
         assert (error <= 1e-3).mean() >= 0.99, key
-    assert (got["segmentation"][::3, ::3] != z["segmentation"]).mean() <= 0.01
+    if "segmentation" in z:
+        assert (got["segmentation"][::3, ::3] != z["segmentation"]).mean() <= 0.01
 
 
 def eval_metrics(case, z, tmp_path):
     spec, arrays = case["inputs_spec"], {k: tensor(v) for k, v in z.items()}
-    for name in ("gt_points", "pred_points"):
+    for name in (k for k, v in spec.items() if isinstance(v, dict) and "unproject" in v):
         arrays[name] = geometry.depth_to_points(*(arrays[k] for k in spec[name]["unproject"]))
     gt = {
         "depth": arrays["in_gt_depth"],
@@ -606,6 +613,7 @@ def model_forward(case, z, tmp_path):
 
 
 def infer_post(case, z, tmp_path):
+    assert len(case["cases"]) == len(case["inputs_spec"]["cases"])
     for i, (entry, spec) in enumerate(zip(case["cases"], case["inputs_spec"]["cases"])):
         p = spec["points"]
         points = scene(p["scene"])["points"] * np.float32(p["scale"]) + np.float32(p["add"]) + draw(p["noise"])
@@ -634,7 +642,8 @@ def lr_schedule(case, z, tmp_path):
     layers = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
     wrapped = nn.ModuleDict({"model": layers})
     optimizer = optimization.build_optimizer(wrapped, case["optimizer"])
-    assert type(optimizer).__name__ == case["optimizer"]["type"] and [len(g["params"]) for g in optimizer.param_groups] == [2, 2]
+    assert type(optimizer).__name__ == case["optimizer"]["type"] and [g["lr"] for g in optimizer.param_groups] == base
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == 4
     for k, v in case["adamw_defaults"].items():
         if k not in ("lr", "betas"):
             assert optimizer.defaults[k] == v, k
@@ -646,7 +655,7 @@ def train_trajectory(case, z, tmp_path):
     resumed.
     """
     spec = case["inputs_spec"]
-    names = {"global": "affine_invariant_global_loss", "normal": "normal_loss", "mask_l2": "mask_l2_loss"}
+    names = {"global": "affine_invariant_global_loss"} | {k: f"{k}_loss" for k in ("normal", "edge", "mask_l2", "mask_bce")}
     table = {"all": {k: {"function": names[k], "weight": w} for k, w in spec["weights"].items()}}
     table["all"]["global"]["params"] = spec["global_loss"]
     scenes = [scene(s) for s in spec["scenes"]]
@@ -660,12 +669,10 @@ def train_trajectory(case, z, tmp_path):
         loose = 2e-3 if step == 0 else 2e-2
         if step == len(case["steps"]) - 1:
             buffer = io.BytesIO()
-            torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": average, "updates": updates}, buffer
-            )
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": average, "updates": updates}, buffer)
             buffer.seek(0)
             held = torch.load(buffer, weights_only=True)
-            model = build(case["config"])
+            model = build(case["config"], case.get("model_version", "v1"))
             model.load_state_dict(held["model"])
             optimizer = optimization.build_optimizer(model, case["optimizer"])
             optimizer.load_state_dict(held["optimizer"])
@@ -690,7 +697,7 @@ def train_trajectory(case, z, tmp_path):
     for key, entry in case["outputs"].items():
         which, _, name = key.partition(".")
         own = (average if which == "ema" else model.state_dict())[name]
-        golden.close(flat(own, entry["flat_stride"]), z[key], scale_tol=2e-3, what=key)
+        golden.close(flat(own, entry["flat_stride"]), z[key], atol=2e-3 * entry["absmax"], what=key)
 
 
 def trajectory_batch(scenes: list[dict], scale: float) -> dict:
