@@ -52,7 +52,7 @@ def test_every_command_runs(place, tmp_path_factory):
     assert len(commands) == 19
     outputs = []
     for text in commands:
-        text, extra = re.sub(r"00000\d+(?=_ema|\.pt)", "00000001", text.replace("'", "")), []
+        text, extra = re.sub(r"0000\d{4}(?=_ema|\.pt)", "00000001", text.replace("'", "")), []
         if "textures.py" in text:
             extra = ["--pairs", "2"]
         elif "-m synth" in text:
