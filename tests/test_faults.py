@@ -245,7 +245,7 @@ def test_changed_config_is_told_honoured_or_refused(name, lab, straight):
     ratio = logged(lab.folder / "run")[3]["train/lr"] / logged(straight)[3]["train/lr"]
     assert ratio == pytest.approx(rate / old, rel=1e-6)
     output = lab.run("run", lab.system.validate, lab.system.wider, code=None)
-    assert "config changed:" in output and re.search(r"do not fit|instead of|missing|is another one", output), output[-3000:]
+    assert "config changed:" in output and re.search(r"(do|does) not fit|instead of|missing|is another one", output), output[-3000:]
 
 
 @each("moge", names=tuple(name for name in NAMES if SYSTEMS[name].init))
@@ -304,7 +304,7 @@ def test_memory_and_files_stay_flat_over_2000_steps(name, lab):
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_at_any_moment_the_run_comes_back_bit_for_bit(name):
     counts = drill(name, kills=10)
-    assert counts["bit_exact"] == counts["kills"] == 10 and counts["killed_in_a_save"] > 0, counts
+    assert counts["bit_exact"] == counts["kills"] == 10 > counts["before_the_first_checkpoint"], counts
     assert counts["most_steps_lost"] <= 2 * counts["save_every"], counts
 
 
