@@ -187,6 +187,11 @@ def image_size(config: dict, frozen: Frozen, given: int | None = None) -> int:
     return given or (config.get("sample_size") or 32) * frozen.factor
 
 
+def has_domain_flags(config: dict) -> bool:
+    """Whether a UNet's camera embedding holds the domain's flags: 10 numbers, else 6."""
+    return (config.get("projection_class_embeddings_input_dim") or 10) == 10
+
+
 def baseline_makers(frozen: Frozen) -> dict:
     """What needs no model: the input picture in every view, and the truth through the autoencoder, which bounds what a model
     can reach. Functions of a finished batch -> images (B,D,V,3,R,R)."""
@@ -241,7 +246,7 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     dtype = dist.autocast_dtype(args.amp, device)
     unet, frozen = unet.to(device), frozen.to(device, dtype)
-    options = {"camera_flags": (config.get("projection_class_embeddings_input_dim") or 10) == 10}
+    options = {"camera_flags": has_domain_flags(config)}
     shared = {"device": device, "options": options, "batch": args.batch, "limit": args.limit, "bar": dist.is_main()}
     runs = {name: {"maker": maker} for name, maker in baseline_makers(frozen).items()} if args.baselines else {}
     sampler = {"steps": args.steps, "eta": args.eta, "seed": args.seed, "dtype": dtype, "pictures": args.pictures}

@@ -22,7 +22,7 @@ from common import dist
 from mvdiff.camera import camera_angles, sampler_angles, view_names
 from mvdiff.clip import preprocess_pil
 from mvdiff.dataset import FILES, camera_embedding
-from mvdiff.eval import generate, image_size, load_generator, picture
+from mvdiff.eval import generate, has_domain_flags, image_size, load_generator, picture
 from mvdiff.metrics import foreground
 from mvdiff.pictures import background_color, prepare_input, round_uint8
 
@@ -86,8 +86,7 @@ def main() -> None:
     dtype = dist.autocast_dtype(args.amp, device) if device.type == "cuda" else None
     unet, frozen, views = unet.to(device), frozen.to(device, dtype), view_names(unet.num_views)
     angles = sampler_angles(len(views)) if args.sampler_cameras else camera_angles("front", views)
-    flags = (config.get("projection_class_embeddings_input_dim") or 10) == 10
-    camera = camera_embedding(torch.from_numpy(angles)[None], torch.tensor([[1, 0]]), flags).to(device)  # (1,2,V,10)
+    camera = camera_embedding(torch.from_numpy(angles)[None], torch.tensor([[1, 0]]), has_domain_flags(config)).to(device)  # (1,2,V,10)
     for at in range(0, len(files), args.batch):
         rgb = inputs[at : at + args.batch]
         pixels = [preprocess_pil((x.transpose(1, 2, 0) * 255 + 0.5).astype(np.uint8), frozen.clip.image_size) for x in rgb]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mvdiff.clip import CLIPVision
 from mvdiff.diffusion import Diffusion
+from mvdiff.loss import draw_rows
 from mvdiff.unet import UNet
 from mvdiff.vae import AutoencoderKL, rename_old_attention
 from mvdiff.weights import part_folder, read_json, read_state, write_part
@@ -307,8 +308,7 @@ class ObjectNoise:
         self.shape, self.device = (domains, views, *shape), device
 
     def __call__(self, *_) -> Tensor:
-        draws = torch.stack([torch.randn(self.shape, generator=g, device="cpu") for g in self.generators], dim=1)  # (D,B,V,4,h,w)
-        return draws.flatten(0, 2).to(self.device)
+        return draw_rows(torch.randn, self.generators, *self.shape).to(self.device)
 
 
 @torch.no_grad()

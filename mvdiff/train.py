@@ -100,15 +100,19 @@ def denoise(
     if cfg.cond_latent == "sample":
         latent = latent + work["condition_std"] * losses.draw_rows(torch.randn, generators, 1, 1, *latent.shape[1:])
     latent = latent * (scale if cfg.scale_input_latents else 1.0)
-    noise = losses.offset_noise(normal(*std.shape[1:]), cfg.noise_offset, normal(std.shape[1], 1, 1))
+    noise = normal(*std.shape[1:])
+    if cfg.noise_offset:
+        noise = losses.offset_noise(noise, cfg.noise_offset, normal(std.shape[1], 1, 1))
     t = losses.draw_timesteps(frozen.diffusion.num_train_timesteps, cfg.timestep_sharing, generators, d, v)
     keep = []
     if cfg.use_classifier_free_guidance:
         unit = losses.DROP_UNITS[cfg.drop_type]
         u = losses.draw_units(torch.rand, generators, unit, d, v)
         keep = [losses.spread(k, unit, d, b, v) for k in losses.keep_conditions(u, cfg.condition_drop_rate, cfg.drop_rule)]
-    perturbed = losses.perturb_input(noise, cfg.input_perturbation, normal(*std.shape[1:])) if cfg.input_perturbation else noise
-    x = frozen.diffusion.add_noise(latents, perturbed, t)
+    added = noise
+    if cfg.input_perturbation:
+        added = losses.perturb_input(noise, cfg.input_perturbation, normal(*std.shape[1:]))
+    x = frozen.diffusion.add_noise(latents, added, t)
     with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
         prediction = predict(net, x, t, latent, work["embedding"], work["camera"], v, *keep)
     value, rows = losses.denoising_loss(prediction, latents, noise, t, frozen.diffusion, cfg.snr_gamma, cfg.snr_rule)

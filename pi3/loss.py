@@ -25,7 +25,7 @@ SMOOTH_DEPTH = {
 }  # fmt: skip
 
 
-def has_normals(datasets: Sequence[str], device: torch.device | None = None) -> Tensor:
+def has_normals(datasets: Sequence[str], device: torch.device | str | None = None) -> Tensor:
     """Mask (B,) of the scenes that come from a data set in `SMOOTH_DEPTH`."""
     return torch.tensor([name in SMOOTH_DEPTH for name in datasets], device=device)
 
