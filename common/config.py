@@ -38,10 +38,13 @@ def read(path) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix == ".json":  # strings match first, so that "http://..." and "#" inside quotes stay
-            return Config(json.loads(re.sub(r'("(?:\\.|[^"\\\n])*")|(?:#|//)[^\n]*', lambda m: m[1] or "", text)))
-        tree = yaml.safe_load(text)
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few nested ones expand to gigabytes
+            tree = json.loads(re.sub(r'("(?:\\.|[^"\\\n])*")|(?:#|//)[^\n]*', lambda m: m[1] or "", text))
+        elif any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few nested ones expand to gigabytes
             raise ValueError("YAML aliases (*name) are not accepted: write the value out")
+        else:
+            tree = yaml.safe_load(text)
+        if not isinstance(tree, dict | None):
+            raise ValueError(f"it holds a {type(tree).__name__}, not keys and values")
         return Config(tree or {})
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"config file {path}: {' '.join(str(error).split())}") from None

@@ -3,8 +3,10 @@
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -50,6 +52,18 @@ def run(*args, ranks: int = 0, cwd: Path = ROOT, code: int | None = 0, timeout: 
     return output
 
 
+def run_until_sigterm(workspace: Path, *args) -> str:
+    """Start on one process, send SIGTERM after the first logged step, and return the output; asserts a good end after a save."""
+    process, path = start(*args), workspace / "metrics.jsonl"
+    while not (path.exists() and path.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0 and "stop signal: saved at step" in output, output[-4000:]
+    return output
+
+
 def generated(tmp_path_factory, system: str, *options: str) -> Path:
     """The folder that `python -m synth system` wrote with these options; made once for all test processes."""
     base = Path(
@@ -92,6 +106,19 @@ def difference(a, b, path: str = "") -> list[str]:
             return [path]
         return [place for i, (x, y) in enumerate(zip(a, b)) for place in difference(x, y, f"{path}[{i}]")]
     return [] if a == b else [f"{path}: {a} != {b}"]
+
+
+def same_end(a: Path, b: Path, step: int, but: tuple[str, ...] = ()) -> None:
+    """Every part of the checkpoints of a step, save the places `but`, and every value logged up to it are bit-identical in two runs."""
+    parts = [path.stem[9:] for path in (b / "checkpoint").glob(f"{step:08d}*.pt")]
+    assert {"", "optimizer"} <= set(parts)
+    for part in parts:
+        places = difference(checkpoint(a, step, part), checkpoint(b, step, part))
+        assert [place for place in places if not place.startswith(but)] == []
+    mine, theirs = metrics(a), metrics(b)
+    for number in range(1, step + 1):
+        keys = [key for key in theirs[number] if key.startswith(("loss/", "train/", "metric/"))]
+        assert len(keys) >= 8 and {key: mine[number][key] for key in keys} == {key: theirs[number][key] for key in keys}
 
 
 def readme_commands(path: Path) -> list[str]:

@@ -2,14 +2,12 @@
 
 import os
 import shutil
-import signal
 import socket
-import time
 
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, checkpoint, command, difference, generated, metrics, run, start
+from runs import ROOT, checkpoint, command, generated, metrics, run, run_until_sigterm, same_end, start
 
 TINY = (
     "lbm/train.py",
@@ -59,35 +57,11 @@ def straight(clips, tmp_path_factory):
     return folder
 
 
-def same_end(a, b, step: int = 6) -> None:
-    """Weights, optimizer and logged losses of two runs are bit-identical at a step."""
-    for part in ("", "optimizer"):
-        assert difference(checkpoint(a, step, part), checkpoint(b, step, part)) == []
-    mine, theirs = metrics(a), metrics(b)
-    for number in range(1, step + 1):
-        keys = [key for key in theirs[number] if key.startswith(("loss/", "train/"))]
-        assert len(keys) >= 8 and {key: mine[number][key] for key in keys} == {key: theirs[number][key] for key in keys}
-
-
 def test_stopped_and_resumed_run_is_bit_identical(tiny, tmp_path, straight):
-    args = tiny("resumed", "--bs", "2", "--save_every", "2", "--keep_last", "9")
-    run(*args, "--max_steps", "2")
-    assert "resumed at step 2" in run(*args, "--max_steps", "6", "--workers", "0")
-    same_end(tmp_path / "resumed", straight)
-
-
-def test_sigterm_saves_and_the_same_command_goes_on(tiny, tmp_path, straight):
-    args = tiny("stopped", "--bs", "2", "--max_steps", "6", "--save_every", "100", "--keep_last", "9")
-    process = start(*args)
-    path = tmp_path / "stopped" / "metrics.jsonl"
-    while not (path.exists() and path.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "stop signal: saved at step" in output
-    run(*args)
-    same_end(tmp_path / "stopped", straight)
+    args = tiny("resumed", "--bs", "2", "--save_every", "100", "--keep_last", "9", "--max_steps", "6")
+    run_until_sigterm(tmp_path / "resumed", *args)
+    assert "resumed at step" in run(*args, "--workers", "0")
+    same_end(tmp_path / "resumed", straight, 6)
 
 
 def test_two_ranks_see_the_samples_of_one(tiny, tmp_path, straight):
@@ -295,6 +269,6 @@ def test_damaged_checkpoint_falls_back_and_explicit_one_is_an_error(straight, ti
         if quarter in (0, 2):
             output = run(*tiny(f"cut{quarter}", "--bs", "2", "--max_steps", "6", "--save_every", "2", "--keep_last", "9"))
             assert "00000006.pt is damaged" in output and "resumed at step 4" in output
-            same_end(folder, straight)
+            same_end(folder, straight, 6)
             continue
         assert "00000006.pt" in run(*tiny(f"cut{quarter}", "--bs", "2", "--max_steps", "6", "--checkpoint", "6"), code=None)

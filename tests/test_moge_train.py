@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import signal
-import time
 
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, checkpoint, difference, generated, metrics, run, start
+from runs import ROOT, checkpoint, difference, generated, metrics, run, run_until_sigterm, same_end
 
 from common import config
 from common.io import read_image
@@ -50,22 +48,12 @@ def straight(images, tmp_path_factory):
     return folder
 
 
-def same_end(a, b, step: int = 4) -> None:
-    """Weights, averaged weights, optimizer and logged losses of two runs are bit-identical at a step."""
-    for part in ("", "optimizer", "ema"):
-        assert difference(checkpoint(a, step, part), checkpoint(b, step, part)) == []
-    mine, theirs = metrics(a), metrics(b)
-    for number in range(1, step + 1):
-        keys = [key for key in theirs[number] if key.startswith(("loss/", "train/"))]
-        assert len(keys) >= 9 and {key: mine[number][key] for key in keys} == {key: theirs[number][key] for key in keys}
-
-
 def test_stopped_and_resumed_run_is_bit_identical(tiny, tmp_path, straight):
-    args = tiny("resumed", *STRAIGHT)
-    run(*args, "--max_steps", "2")
-    assert "resumed at step 2" in run(*args, "--max_steps", "4", "--workers", "0")
-    same_end(tmp_path / "resumed", straight)
-    names = {path.name for path in (tmp_path / "resumed" / "checkpoint").iterdir()}
+    args = tiny("resumed", *STRAIGHT, "--max_steps", "4")
+    run_until_sigterm(tmp_path / "resumed", *args)
+    assert "resumed at step" in run(*args, "--workers", "0")
+    same_end(tmp_path / "resumed", straight, 4)
+    names = {path.name for path in (straight / "checkpoint").iterdir()}
     assert names == {"latest.pt", *(f"0000000{n}{part}.pt" for n in (2, 4) for part in ("", "_optimizer", "_ema"))}
     last, early = checkpoint(straight, 4), checkpoint(straight, 2)
     assert last["model_config"] == NET and checkpoint(straight, 4, "optimizer")["ema_updates"] == 4
@@ -76,20 +64,6 @@ def test_stopped_and_resumed_run_is_bit_identical(tiny, tmp_path, straight):
     drift = (averaged[weight] - early["model"][weight]).norm() / (plain[weight] - early["model"][weight]).norm()
     assert drift < 0.5  # the average lags behind: a resume has not replaced it
     assert torch.equal(plain["backbone.blocks.2.mlp.fc1.weight"], early["model"]["backbone.blocks.2.mlp.fc1.weight"])
-
-
-def test_sigterm_saves_and_the_same_command_goes_on(tiny, tmp_path, straight):
-    args = tiny("stopped", "--gradient_accumulation_steps", "2", "--max_steps", "4", "--save_every", "100", "--keep_last", "9")
-    process = start(*args)
-    path = tmp_path / "stopped" / "metrics.jsonl"
-    while not (path.exists() and path.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0 and "stop signal: saved at step" in output
-    run(*args)
-    same_end(tmp_path / "stopped", straight)
 
 
 def test_two_ranks_train_on_the_samples_of_one_and_back(tiny, tmp_path, straight):

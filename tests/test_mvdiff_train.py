@@ -4,14 +4,12 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, checkpoint, difference, generated, metrics, run, start
+from runs import ROOT, checkpoint, difference, generated, metrics, run, run_until_sigterm, same_end
 
 from mvdiff import build
 from mvdiff.model import unet_arguments
@@ -50,38 +48,15 @@ def straight(renders, tmp_path_factory):
     return folder
 
 
-def same_end(a, b, step: int = 4) -> None:
-    """Weights, optimizer, averages and logged losses of two runs are bit-identical at a step."""
-    for part in ("", "optimizer", "ema"):
-        assert difference(checkpoint(a, step, part), checkpoint(b, step, part)) == []
-    mine, theirs = metrics(a), metrics(b)
-    for number in range(1, step + 1):
-        keys = [key for key in theirs[number] if key.startswith(("loss/", "train/"))]
-        assert len(keys) >= 8 and {key: mine[number][key] for key in keys} == {key: theirs[number][key] for key in keys}
-    assert difference(read_state(a / "pipeline", "unet"), read_state(b / "pipeline", "unet")) == []
-
-
 def test_stopped_and_resumed_run_is_bit_identical(renders, tmp_path, straight):
-    run(*small(renders, tmp_path, max_steps=2))
-    assert "resumed at step 2" in run(*small(renders, tmp_path, max_steps=4, workers=0))
-    same_end(tmp_path, straight)
+    run_until_sigterm(tmp_path, *small(renders, tmp_path))
+    assert "resumed at step" in run(*small(renders, tmp_path, workers=0))
+    same_end(tmp_path, straight, 4)
+    assert difference(read_state(tmp_path / "pipeline", "unet"), read_state(straight / "pipeline", "unet")) == []
     ema, model = checkpoint(tmp_path, 4, "ema")["shadows"], checkpoint(tmp_path, 4)["model"]
     assert any(not torch.equal(shadow, model[name]) for name, shadow in ema.items())  # averages, not copies
     exported = read_state(tmp_path / "pipeline", "unet")
     assert all(torch.equal(exported[name], shadow) for name, shadow in ema.items())
-
-
-def test_sigterm_saves_and_the_same_command_goes_on(renders, tmp_path, straight):
-    process = start(*small(renders, tmp_path, save_every=100))
-    path = tmp_path / "metrics.jsonl"
-    while not (path.exists() and path.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and ("stop signal: saved at step" in output or metrics(tmp_path)[4])
-    run(*small(renders, tmp_path, save_every=100))
-    same_end(tmp_path, straight)
 
 
 def test_two_ranks_make_the_batch_of_one(renders, tmp_path, straight):
