@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 FORMAT = 1
+_scalar = np.float64(0).__reduce__()[0]  # numpy's own: its module has had two names
+NUMPY_SCALARS = [np.dtype, _scalar, (_scalar, "numpy.core.multiarray.scalar"), *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"}]
 
 
 def snapshot(value, name: str = "checkpoint"):
@@ -181,11 +183,13 @@ def load_weights(path) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"weights file {path} does not exist") from None
     except Exception as error:
-        raise ValueError(f"cannot read weights from {path} (damaged, or it holds more than tensors): {error}") from None
+        remedy = "where you trust it, load it with weights_only=False elsewhere and save the tensors alone"
+        raise ValueError(f"cannot read weights from {path} (damaged, or it holds more than tensors: {remedy}): {error}") from None
     for wrapper in ("model", "state_dict"):
         value = value[wrapper] if isinstance(value, dict) and isinstance(value.get(wrapper), dict) else value
     tensors = {k: v for k, v in value.items() if isinstance(v, torch.Tensor)} if isinstance(value, dict) else {}
@@ -199,6 +203,10 @@ def apply_optimizer(optimizer, scaler, saved: dict) -> None:
     groups, old = optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"]
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in old]:
         raise ValueError("the checkpoint's optimizer has other parameter groups: choose another workspace, or `init` from its weights")
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    for i, moments in saved["optimizer"]["state"].items():  # a fused optimizer would read past the end of smaller ones
+        if any(m.ndim and m.shape != shapes[i] for m in moments.values() if isinstance(m, torch.Tensor)):
+            raise ValueError(f"the checkpoint's optimizer state of parameter {i} is not of its shape {tuple(shapes[i])}")
     optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
     if scaler.is_enabled() and saved.get("scaler"):
         scaler.load_state_dict(saved["scaler"])

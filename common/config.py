@@ -66,6 +66,8 @@ def _fit(default, value, key: str):
         return value
     if (kind is float and given is int) or (kind is int and given is float and value.is_integer()):  # max_steps: 1e5
         return kind(value)
+    if kind is bool and value in (0, 1):
+        return bool(value)
     if kind is str and given in (bool, int):  # YAML reads a bare off as false, 5000 as int
         return ("off", "on")[value] if given is bool else str(value)
     if kind is given is list:
@@ -96,7 +98,8 @@ def _override(config: Config, key: str, text: str, defaults: Config, free: tuple
     """Apply one command-line override in place; inside a free key it may add names, and numbers index lists."""
     default = _flatten(defaults).get(key)
     try:
-        value = yaml.safe_load(f"[{text}]" if isinstance(default, list) and not text.startswith("[") else text)
+        bare = isinstance(default, list) and text not in ("", "~", "null") and not text.startswith("[")
+        value = yaml.safe_load(f"[{text}]" if bare else text)
     except yaml.YAMLError:
         value = text
     if isinstance(default, str) and not isinstance(value, (bool, type(None))):

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from common import dist
+
 
 def rng(seed: int, position: int, *stream: int) -> np.random.Generator:
     """A generator that is a pure function of its arguments; `stream` tells independent uses at one position apart."""
@@ -63,7 +65,7 @@ class Guarded:
 
 
 class BadSamples:
-    """Counts the samples that could not be read, names each once, and stops the run above a fraction."""
+    """Counts this rank's samples that could not be read, names each once, and stops the run above a fraction."""
 
     def __init__(self, max_fraction: float = 0.01, say=print):
         self.max_fraction, self.say, self.seen, self.bad, self.named = max_fraction, say, 0, 0, []
@@ -78,6 +80,10 @@ class BadSamples:
         if self.seen >= 100 and self.bad > self.max_fraction * self.seen:
             limit = f"max_bad_fraction is {self.max_fraction:g}"
             raise RuntimeError(f"{self.bad} of {self.seen} samples were unreadable, {limit}; the last: {self.named[-1]}")
+
+    def total(self) -> int:
+        """How many there were on all ranks, all of which must call this."""
+        return int(dist.all_sum({"bad": self.bad})["bad"])
 
 
 def stack(samples: list[dict]) -> dict:

@@ -41,6 +41,7 @@ def init(timeout_s: float = 600) -> torch.device:
     cuda, local, wait = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0)), timedelta(seconds=timeout_s)
     device = torch.device("cuda", local % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's default on the newest GPUs; `deterministic` demands it
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not td.is_initialized():
         store, number, world = next(td.rendezvous("env://", timeout=wait))
@@ -164,7 +165,7 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 
 def autocast_dtype(amp, device: torch.device) -> torch.dtype | None:
     """dtype for torch.autocast, None for none. amp: bf16 | fp16 | on | off; on is bf16 where the device has it, else fp16."""
-    amp = {True: "on", False: "off"}.get(amp, amp)
+    amp = {True: "on", "1": "on", False: "off", "0": "off"}.get(amp, amp)
     if amp not in ("bf16", "fp16", "on", "off"):
         raise ValueError(f"amp must be bf16, fp16, on or off, not {amp!r}")
     cpu = torch.device(device).type != "cuda"

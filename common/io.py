@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Image.MAX_IMAGE_PIXELS = 100_000_000  # PIL refuses, by the header alone, what has twice as many: 200 Mpixel
 
@@ -23,6 +23,8 @@ def _decode(path, flags: int):
     try:
         text = {k: v for k, v in Image.open(io.BytesIO(data)).info.items() if isinstance(v, str)}
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except UnidentifiedImageError:  # its text has an address in it, another one each time
+        raise ValueError(f"{path}: not a readable image") from None
     except Exception as error:  # each library raises kinds of its own
         raise ValueError(f"{path}: not a readable image: {error}") from None
     if image is None:

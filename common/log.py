@@ -55,7 +55,7 @@ def _careful(write):
 
 
 class Logger:
-    """Writes on the main rank only. With a config: locks the folder, says what changed since the last run, saves the config.
+    """Writes on the main rank only, but for `warn`. With a config: locks the folder, says what changed since the last run, saves it.
 
     A resumed run drops what the interrupted one logged from its own first logged step on.
     """
@@ -109,6 +109,10 @@ class Logger:
         sys.stdout.flush()
         with open(self.folder / "log.txt", "a") as file:
             file.write(f"{time.strftime('%F %T')} {line}\n")
+
+    def warn(self, line: str) -> None:
+        """One line from whichever rank has something to tell."""
+        Logger(self.folder, main=True).text(f"rank {dist.rank()}: {line}")
 
     @_careful
     def close(self) -> None:

@@ -156,9 +156,8 @@ def main() -> None:
     stop, world, folder = dist.StopSignal(), dist.world_size(), Path(cfg.workspace)
     log = Logger(folder, cfg)
     if cfg.deterministic:
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # names what has no such form
     torch.backends.cudnn.benchmark = not cfg.deterministic
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(cfg.seed)  # initial weights: the same on all ranks
 
     dataset = build_dataset(cfg)
@@ -192,7 +191,7 @@ def main() -> None:
     net = model
     if world > 1:
         net = DistributedDataParallel(model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    bad = data.BadSamples(cfg.max_bad_fraction, log.text)
+    bad = data.BadSamples(cfg.max_bad_fraction, log.warn)
     batches = build_loader(dataset, cfg, step, last_step)
     progress = Progress(last_step, step, log)
     model.train()
@@ -214,7 +213,7 @@ def main() -> None:
                 "train/grad_norm": out["grad_norm"],
                 "train/lr": out["lr"],
                 "train/skipped": guard.skipped,
-                "train/bad_samples": bad.bad,
+                "train/bad_samples": bad.total(),
             }
             log.scalars(step, losses | state | progress.update(step, losses["loss/loss"], out["lr"], clips))
         if step % cfg.vis_every == 0 and dist.is_main():

@@ -213,9 +213,8 @@ def main() -> None:
     stop, world, folder = dist.StopSignal(), dist.world_size(), Path(cfg.workspace)
     log = Logger(folder, cfg)
     if cfg.deterministic:
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # names what has no such form
     torch.backends.cudnn.benchmark = not cfg.deterministic and len(cfg.data.image_sizes or ()) == 1  # not when sizes vary
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(cfg.seed)  # initial weights: the same on all ranks
 
     check_table(cfg.loss, [entry["label_type"] for entry in cfg.data.datasets if "label_type" in entry])
@@ -258,7 +257,7 @@ def main() -> None:
     if cfg.skip_zero_lr_backward:
         set_trained(optimizer, cfg, step - skipped)
     net = distributed(model, device)
-    bad = data.BadSamples(cfg.max_bad_fraction, log.text)
+    bad = data.BadSamples(cfg.max_bad_fraction, log.warn)
     batches = build_loader(dataset, cfg, step, last_step)
     progress = Progress(last_step, step, log)
     images = cfg.batch_size_forward * cfg.gradient_accumulation_steps * world
@@ -281,7 +280,7 @@ def main() -> None:
         if step % cfg.log_every == 0 or step == last_step:
             dist.check_drift(model.parameters(), step)
             values = averages.take() | dist.all_mean({"loss/loss": out["loss"]})
-            run = {"train/grad_norm": out["grad_norm"], "train/skipped": guard.skipped, "train/bad_samples": bad.bad}
+            run = {"train/grad_norm": out["grad_norm"], "train/skipped": guard.skipped, "train/bad_samples": bad.total()}
             run |= {f"train/lr_{i}" if i else "train/lr": rate for i, rate in enumerate(out["rates"])}
             log.scalars(step, values | run | progress.update(step, values["loss/loss"], out["rates"][0], images))
         if vis and step % cfg.vis_every == 0:

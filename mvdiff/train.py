@@ -258,7 +258,7 @@ def main() -> None:
     stop, world, folder = dist.StopSignal(), dist.world_size(), Path(cfg.workspace)
     log = Logger(folder, cfg)
     if cfg.deterministic:
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # names what has no such form
     torch.backends.cudnn.benchmark = not cfg.deterministic
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.allow_tf32
     torch.manual_seed(cfg.seed)  # initial weights: the same on all ranks
@@ -292,7 +292,7 @@ def main() -> None:
     if world > 1:
         net = DistributedDataParallel(net, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     guard = StepGuard(unet, cfg.max_bad_steps, skipped, log.text)
-    bad = data.BadSamples(cfg.max_bad_fraction, log.text)
+    bad = data.BadSamples(cfg.max_bad_fraction, log.warn)
     batches = build_loader(dataset, cfg, step, last_step)
     progress = Progress(last_step, step, log)
     look = (sets, inputs, cfg, options, device, dtype, log)
@@ -317,7 +317,7 @@ def main() -> None:
         if step % cfg.log_every == 0 or step == last_step:
             dist.check_drift(trained.values(), step)
             values = tally_means(tally)
-            run = {"train/grad_norm": out["grad_norm"], "train/skipped": guard.skipped, "train/bad_samples": bad.bad}
+            run = {"train/grad_norm": out["grad_norm"], "train/skipped": guard.skipped, "train/bad_samples": bad.total()}
             run |= {"train/lr": out["lr"], "train/ema_decay": out["ema_decay"]}
             log.scalars(step, values | run | progress.update(step, values.get("loss/loss", float("nan")), out["lr"], objects))
             tally = torch.zeros_like(tally)

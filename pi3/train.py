@@ -230,8 +230,7 @@ def main() -> None:
         raise ValueError(f"parallel {cfg.parallel!r}: expected ddp or fsdp")
     log = Logger(folder, cfg)
     if cfg.deterministic:
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.use_deterministic_algorithms(True, warn_only=True)  # names what has no such form
     torch.manual_seed(cfg.seed)  # initial weights: the same on all ranks
 
     total_steps = t.num_epoch * t.iters_per_epoch  # of the schedule
@@ -278,7 +277,7 @@ def main() -> None:
 
     say = log.text if dist.is_main() else lambda line: print(f"rank {dist.rank()}: {line}", flush=True)
     guard = StepGuard(model, cfg.max_bad_steps, skipped, say)
-    bad = data.BadSamples(cfg.max_bad_fraction, log.text)
+    bad = data.BadSamples(cfg.max_bad_fraction, log.warn)
     batches = build_loader(dataset, cfg, step, last_step)
     progress, since, images = Progress(last_step, step, log), step, 0
     net.train()
@@ -300,7 +299,8 @@ def main() -> None:
                 dist.check_drift(model.parameters(), step)
             losses = dist.all_mean({f"loss/{name}": value for name, value in out["logged"].items()})
             run = {"train/grad_norm": out["grad_norm"], "train/lr": out["lr"], "train/skipped": guard.skipped}
-            run |= {"train/bad_samples": bad.bad, "train/views": micro[0]["images"].shape[1], "train/pixels": out["first"][1][0].numel()}
+            run |= {"train/views": micro[0]["images"].shape[1], "train/pixels": out["first"][1][0].numel()}
+            run["train/bad_samples"] = bad.total()
             speed = progress.update(step, losses["loss/loss"], out["lr"], images / (step - since))  # samples here are images
             speed["time/images_per_s"], since, images = speed.pop("time/samples_per_s"), step, 0
             log.scalars(step, losses | run | speed)

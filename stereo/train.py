@@ -179,9 +179,8 @@ def main() -> None:
     stop, world, folder = dist.StopSignal(), dist.world_size(), Path(cfg.workspace)
     log = Logger(folder, cfg)
     if cfg.deterministic:
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # names what has no such form
     torch.backends.cudnn.benchmark = not cfg.deterministic and len(cfg.data.image_sizes or ()) == 1  # not when sizes vary
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(cfg.seed)  # initial weights: the same on all ranks
 
     recipe.check_model(cfg.model)
@@ -224,7 +223,7 @@ def main() -> None:
     net = model
     if world > 1:
         net = DistributedDataParallel(model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    bad = data.BadSamples(cfg.max_bad_fraction, log.text)
+    bad = data.BadSamples(cfg.max_bad_fraction, log.warn)
     batches = build_loader(dataset, cfg, step, last_step)
     progress = Progress(last_step, step, log)
     pairs = cfg.batch_size_forward * cfg.gradient_accumulation_steps * world
@@ -246,7 +245,7 @@ def main() -> None:
             dist.check_drift(model.parameters(), step)
             values = dist.all_mean({f"loss/{name}": value for name, value in out["logged"].items()} | batch_metrics(out["maps"]))
             run = {"train/grad_norm": out["grad_norm"], "train/lr": out["lr"], "train/skipped": guard.skipped}
-            run["train/bad_samples"] = bad.bad
+            run["train/bad_samples"] = bad.total()
             log.scalars(step, values | run | progress.update(step, values["loss/loss"], out["lr"], pairs))
         if vis and step % cfg.vis_every == 0:
             shown = ema or model

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import checkpoint
-from common.checkpoint import Checkpoints, apply_weights, load_weights
+from common.checkpoint import Checkpoints, apply_optimizer, apply_weights, load_weights
 
 
 def parts(step: int) -> dict:
@@ -290,6 +290,28 @@ class Touch:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+def test_weights_beside_numpy_scalars_are_read(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}, "epoch": np.float64(3), "step": np.int64(5)}, tmp_path / "new.pt")
+    with zipfile.ZipFile(tmp_path / "new.pt") as new, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
+        for name in new.namelist():  # as numpy 1 wrote it
+            old.writestr(name, new.read(name).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    for name in ("new.pt", "old.pt"):
+        assert load_weights(tmp_path / name).keys() == {"w"}
+
+
+def test_optimizer_state_of_another_shape_is_refused():
+    state, scaler = {}, torch.amp.GradScaler("cpu", enabled=False)
+    for width in (3, 4):
+        optimizer = torch.optim.AdamW([torch.ones(width, requires_grad=True)], fused=True)
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(width)
+        optimizer.step()
+        saved = {"optimizer": optimizer.state_dict()}
+        apply_optimizer(optimizer, scaler, saved)
+        state = state or saved
+    with pytest.raises(ValueError, match=r"parameter 0 is not of its shape \(4,\)"):
+        apply_optimizer(optimizer, scaler, state)
 
 
 def test_weights_that_lie_are_refused_by_name(tmp_path):

@@ -80,6 +80,7 @@ def test_every_way_to_write_an_override(parse):
 
 def test_switches(parse):
     assert parse("--no-flip").flip is False and parse("--no_flip").flip is False and parse("--flip").flip is True
+    assert parse("--flip", "1").flip is True and parse("flip=0").flip is False
     assert parse("--flip", "false").flip is False and parse("--flip=off").flip is False
     cfg = parse("--flip", "lr=2")  # a switch does not swallow an override
     assert cfg.flip is True and cfg.lr == 2
@@ -92,7 +93,7 @@ def test_strings_stay_as_typed(parse):
     assert parse("--workspace", "2024_01").workspace == "2024_01" and parse("--workspace", "1e5").workspace == "1e5"
     assert parse("--checkpoint", "5000").checkpoint == "5000" and parse("--checkpoint", "none").checkpoint == "none"
     assert parse("--note", "7").note == 7 and parse("--note", "null").note is None
-    assert parse("--workspace", "null").workspace is None
+    assert parse("--workspace", "null").workspace is None and parse("--size", "null").size is None
     assert parse("--workspace", "a: b: [").workspace == "a: b: ["
 
 
@@ -130,7 +131,7 @@ def test_file_then_command_line(parse, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["amp: [1]", "lr: '3'", "flip: 1", "steps: true", "train: 3", "train: [1]", "workspace: 1.5", "size: 3", "size: [a]"]
+    "text", ["amp: [1]", "lr: '3'", "flip: 3", "steps: true", "train: 3", "train: [1]", "workspace: 1.5", "size: 3", "size: [a]"]
 )
 def test_wrong_type_in_a_file(parse, capsys, tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)

@@ -101,6 +101,7 @@ def test_bad_samples_are_named_once_and_limited():
     with pytest.raises(RuntimeError, match="101 of 101"):
         data.BadSamples(0.99).add(["x: y"] * 101, 101)
     data.BadSamples(0.0).add([], 1000)
+    assert bad.total() == 6
 
 
 @pytest.mark.parametrize("workers", [0, 1])

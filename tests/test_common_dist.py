@@ -20,6 +20,8 @@ def write_script(tmp_path, script: str) -> None:
         from pathlib import Path
         import torch
         from common import dist
+        from common.data import BadSamples
+        from common.log import Logger
         torch.set_num_threads(1)
         out = Path(sys.argv[1])
     """
@@ -66,7 +68,7 @@ def test_step_seeds_are_pure_and_distinct():
 def test_autocast_dtype_on_the_cpu(capsys):
     cpu = torch.device("cpu")
     assert dist.autocast_dtype("off", cpu) is None and dist.autocast_dtype(False, cpu) is None
-    assert dist.autocast_dtype("on", cpu) is dist.autocast_dtype("bf16", cpu) is dist.autocast_dtype(True, cpu) is torch.bfloat16
+    assert dist.autocast_dtype("on", cpu) is dist.autocast_dtype("bf16", cpu) is dist.autocast_dtype("1", cpu) is torch.bfloat16
     assert capsys.readouterr().out == ""
     assert dist.autocast_dtype("fp16", cpu) is torch.bfloat16 and "bf16 instead of fp16" in capsys.readouterr().out
     with pytest.raises(ValueError, match="amp must be"):
@@ -99,6 +101,9 @@ def test_two_ranks_reduce_and_agree_to_stop(root, tmp_path):
         assert dist.all_mean({"x": rank}) == {"x": 0.5}
         assert dist.all_sum({"big": 2.0**53 + 2 * rank}) == {"big": 2.0**54 + 2}
         assert dist.gather([rank] * rank) == [[], [1]]
+        bad = BadSamples(1.0, Logger(out / "run").warn)
+        bad.add([f"{rank}.png"] * (1 + rank), 4)
+        assert bad.total() == 3
         model = torch.nn.Linear(30, 30)
         torch.manual_seed(0)
         torch.nn.init.normal_(model.weight), torch.nn.init.zeros_(model.bias)
@@ -124,6 +129,8 @@ def test_two_ranks_reduce_and_agree_to_stop(root, tmp_path):
         """,
     )
     assert run.returncode == 0, run.stderr[-3000:]
+    log = (tmp_path / "run" / "log.txt").read_text()  # every rank's bad samples, each once
+    assert log.count("rank 0: WARNING: bad sample replaced: 0.png") == log.count("rank 1: WARNING: bad sample replaced: 1.png") == 1
     assert (tmp_path / "stopped_0").read_text() == (tmp_path / "stopped_1").read_text() == "17"
 
 
