@@ -36,8 +36,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def init(timeout_s: float = 600) -> torch.device:
-    """Join torchrun's process group, if there is one; return this process's device. timeout_s limits collectives and `at`."""
+def init(timeout_s: float = 7200) -> torch.device:
+    """Join torchrun's process group, if there is one; return this process's device.
+
+    timeout_s limits collectives and the time between two `at`; evaluations keep the default, as one sample may take a CPU an hour.
+    """
     cuda, local, wait = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0)), timedelta(seconds=timeout_s)
     device = torch.device("cuda", local % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:

@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--picture_dir", default="mvdiff_eval", help="folder for them")
     args = parser.parse_args()
 
-    device = dist.init(7200)  # seconds: a batch of objects takes its time on a CPU
+    device = dist.init()
     try:
         unet, config, frozen = load_generator(args.weights, args.unet, args.variant)
         names = list_objects(args.data, args.object_list)
