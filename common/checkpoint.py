@@ -7,6 +7,7 @@ file of every kept step. The model part is written after the other parts and the
 import hashlib
 import os
 import re
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,10 +76,10 @@ def _read(path: Path, entry: dict | None = None, map_location="cpu"):
 
 
 class Checkpoints:
-    """Saves and loads in one folder; keeps the last `keep_last` steps and every step divisible by `keep_every` (0: none)."""
+    """Saves and loads in one folder; keeps the last `keep_last` steps (None: all) and every one divisible by `keep_every` (0: none)."""
 
-    def __init__(self, folder, keep_last: int = 3, keep_every: int = 0, say=print):
-        self.folder, self.keep_last, self.keep_every, self.say = Path(folder), keep_last, keep_every, say
+    def __init__(self, folder, keep_last: int | None = 3, keep_every: int = 0, say=print):
+        self.folder, self.keep_last, self.keep_every, self.say = Path(folder), keep_last or sys.maxsize, keep_every, say
         self.writer, self.jobs, self.error, self.committed = ThreadPoolExecutor(1), [], None, None
 
     @staticmethod

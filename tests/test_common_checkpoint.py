@@ -85,6 +85,8 @@ def test_keeps_the_last_and_every_nth(tmp_path):
     assert kept == ["00000005.pt", "00000010.pt", "00000011.pt", "latest.pt"]
     assert len(list(tmp_path.iterdir())) == 3 * 3 + 1
     assert all(holds(Checkpoints(tmp_path).load(step), step) for step in (5, 10, 11))
+    saved(tmp_path / "all", *range(1, 6), keep_last=None)
+    assert len(list((tmp_path / "all").glob("0000000?.pt"))) == 5
 
 
 def test_turning_back_makes_the_new_branch_the_latest(tmp_path):
