@@ -16,11 +16,3 @@ def right_view_disparity(left_disp: np.ndarray) -> np.ndarray:
     right = np.zeros_like(left_disp)
     np.maximum.at(right, (y[inside], target[inside]), d[inside])
     return right
-
-
-def flip_views(
-    left: np.ndarray, right: np.ndarray, right_disp: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Horizontal flip of a pair: the views change places. (H, W, 3) left and right, (H, W) disparity of the RIGHT view ->
-    new left, right, left disparity. Mirroring the left disparity instead would be wrong."""
-    return right[:, ::-1], left[:, ::-1], right_disp[:, ::-1]

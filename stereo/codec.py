@@ -68,10 +68,3 @@ def encode_kitti(disp: np.ndarray) -> np.ndarray:
     valid = np.isfinite(disp) & (disp > 0)
     code = np.floor(256 * np.where(valid, disp, 0) + 0.5).clip(1, 65535)
     return np.where(valid, code, 0).astype(np.uint16)
-
-
-def decode_kitti(code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint16 -> (disparity float32, valid bool)."""
-    if code.dtype != np.uint16:
-        raise ValueError(f"a KITTI disparity is a 16-bit PNG, got {code.dtype}")
-    return code.astype(np.float32) / 256, code > 0

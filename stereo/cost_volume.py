@@ -23,9 +23,13 @@ def group_correlation(left: Tensor, right: Tensor, n_disp: int, groups: int) -> 
     """Group-wise correlation (B, groups, n_disp, h, w), float32: cosine of left(x) and right(x - i) in every channel group.
 
     left, right: (B, C, h, w). Zero for x < i. One matrix product per row gives all pairs, of which the diagonals are taken;
-    nothing but the two normalised maps is kept for the backward pass.
+    nothing but the two normalised maps is kept for the backward pass. Without one it goes by blocks of rows: all pairs of a
+    whole map need some twenty times the memory of the result.
     """
     B, C, h, w = left.shape
+    if not torch.is_grad_enabled() and h > (rows := max(1, 2**22 // (groups * w * w))):
+        parts = zip(left.split(rows, 2), right.split(rows, 2))
+        return torch.cat([group_correlation(*part, n_disp, groups) for part in parts], 3)
     with torch.autocast(left.device.type, enabled=False):
         left, right = (F.normalize(f.float().view(B, groups, C // groups, h, w), dim=2) for f in (left, right))
         pairs = left.permute(0, 1, 3, 4, 2) @ right.permute(0, 1, 3, 2, 4)  # (B, G, h, w, w): left x, right x'
@@ -34,11 +38,6 @@ def group_correlation(left: Tensor, right: Tensor, n_disp: int, groups: int) -> 
         rows = F.pad(pairs, (n_disp - 1, 0)).flatten(3)
         band = F.pad(rows, (0, w)).view(B, groups, h, w, w + n_disp)[..., :n_disp]
         return band.flip(4).permute(0, 1, 4, 2, 3).contiguous()
-
-
-def concat_volume(left: Tensor, right: Tensor, n_disp: int) -> Tensor:
-    """(B, C, h, w) maps -> (B, 2C, n_disp, h, w): left everywhere, right moved by the disparity."""
-    return torch.cat([left.unsqueeze(2).expand(-1, -1, n_disp, -1, -1), shifted_planes(right, n_disp)], 1)
 
 
 class CostStem(nn.Sequential):

@@ -44,9 +44,11 @@ class Source:
         name: str = "",
         format: str = "auto",
         label_type: str = "stereo",
-        weight: float = 1.0,
+        weight: float | None = None,
         codec: str = "",
         sparse: bool | None = None,
+        split: str = "train",
+        mask: str = "all",
         index: str | None = None,
         exclude: str | None = None,
         flip_from_warp: bool = False,
@@ -54,22 +56,29 @@ class Source:
         stereo_augmentation=(),
         jitter: str = "raft",
     ):
-        """index, exclude: text files with the names of the pairs to use or to leave out, one a line (the first column of a CSV).
-        sparse: ground truth in single points (default: KITTI's). flip_from_warp: flip also without truth of the right view."""
-        self.name, self.format, self.label_type, self.weight = name or Path(path).name, format, label_type, float(weight)
-        pairs = list_pairs(path, format, codec)
+        """weight: share of the samples, relative; None: the square root of the number of pairs. split: see `list_pairs`.
+        mask: in validation "all" pixels count, or the non-occluded ones ("noc"). sparse: truth in single points (None: KITTI's).
+        index, exclude: text files with the names of the pairs to use or to leave out, one a line (the first column of a CSV).
+        flip_from_warp: flip also without truth of the right view."""
+        self.name, self.format, self.label_type = name or Path(path).name, format, label_type
+        pairs = list_pairs(path, format, codec, split=split)
         for file, keep in ((index, True), (exclude, False)):
             if file:
                 names = {line.split(",")[0].strip() for line in Path(file).read_text().splitlines()}
                 pairs = [pair for pair in pairs if (pair.name in names) == keep]
         if not pairs:
             raise ValueError(f"data set {self.name}: no pair of {path} is left by index and exclude")
-        if self.weight < 0:
-            raise ValueError(f"data set {self.name}: weight {weight} is negative")
+        self.weight = len(pairs) ** 0.5 if weight is None else float(weight)
+        if not 0 <= self.weight < np.inf:
+            raise ValueError(f"data set {self.name}: weight {weight} must be 0 or more")
+        if sparse not in (None, True, False):
+            raise ValueError(f"data set {self.name}: sparse '{sparse}' must be true, false or null")
+        if mask not in ("all", "noc") or (mask == "noc" and not any(pair.mask for pair in pairs)):
+            raise ValueError(f"data set {self.name}: mask '{mask}' must be all, or noc where the set has masks of its own")
         if jitter not in ("mild", "raft"):
             raise ValueError(f"data set {self.name}: jitter '{jitter}' must be mild or raft")
-        self.pairs = pairs
-        self.sparse = format == "kitti" if sparse is None else sparse
+        self.pairs, self.mask = pairs, mask
+        self.sparse = pairs[0].sparse if sparse is None else sparse
         self.jitter = "raft_sparse" if self.sparse and jitter == "raft" else jitter
         self.augment, self.flip_from_warp = {*image_augmentation, *stereo_augmentation}, flip_from_warp
         if unknown := sorted(self.augment - set(AUGMENTATIONS)):
@@ -132,6 +141,10 @@ class StereoDataset:
             if source.label_type not in self.labels:
                 known = ", ".join(self.labels)
                 raise ValueError(f"data set {source.name}: label_type '{source.label_type}' has no entry in `loss` ({known})")
+        if not all(isinstance(size, (list, tuple)) and len(size) == 2 for size in image_sizes or ()):
+            raise ValueError(f"data.image_sizes {image_sizes} must be a list of [width, height], such as [[736, 320]]")
+        if image_sizes and area_range:
+            raise ValueError("data: area_range draws the sizes that image_sizes lists: set image_sizes null")
         self.sizes = [check_size(*size) for size in image_sizes or ()]
         self.area, self.aspect = area_range, aspect_ratio_range
         if not self.sizes and not (area_range and aspect_ratio_range):
@@ -242,7 +255,7 @@ class StereoDataset:
     def load_truth(pair: Pair, mirror: bool, shape: tuple[int, int]) -> tuple[np.ndarray, str, Path]:
         """(values as stored, their code, file) of the view that becomes the left one."""
         file = pair.right_disparity if mirror and pair.right_disparity else pair.disparity
-        raw, codec = load_raw(file, pair.codec), pair.codec
+        raw, codec = load_raw(file, pair.codec, pair.hidden if file == pair.disparity else ()), pair.codec
         if raw.shape[:2] != shape:
             raise ValueError(f"{file}: {raw.shape[1]}x{raw.shape[0]}, but the images are {shape[1]}x{shape[0]}")
         if mirror and not pair.right_disparity:
@@ -260,7 +273,7 @@ def check(root, format: str = "auto", codec: str = "", out="check.png") -> tuple
     for pair in tqdm(pairs, desc="check", unit="pair"):
         try:
             left, _ = read_views(pair)
-            truth = read_disparity(pair.disparity, pair.codec)
+            truth = read_disparity(pair.disparity, pair.codec, pair.hidden)
             if truth.shape != left.shape[:2]:
                 sizes = f"{truth.shape[1]}x{truth.shape[0]}, but the images are {left.shape[1]}x{left.shape[0]}"
                 raise ValueError(f"{pair.disparity}: {sizes}")
@@ -281,17 +294,27 @@ def check(root, format: str = "auto", codec: str = "", out="check.png") -> tuple
     return bad, len(pairs)
 
 
-def convert(root, out, format: str = "auto", codec: str = "") -> int:
-    """Write the pairs under root in the layout of this module (rgb as PNG, disparities coded). Returns their number."""
-    out, pairs = Path(out), list_pairs(root, format, codec)
+def convert(root, out, format: str = "auto", codec: str = "") -> tuple[list[str], int]:
+    """Write the pairs under root in the layout of this module (rgb as PNG, disparities coded), and their names into names.txt.
+
+    Returns (a line for each that cannot be read, number of pairs).
+    """
+    bad, names, out, pairs = [], [], Path(out), list_pairs(root, format, codec)
     for number, pair in enumerate(tqdm(pairs, desc="convert", unit="pair")):
-        for side, image in zip(("left", "right"), read_views(pair)):
+        try:
+            views, truth = read_views(pair), [read_disparity(pair.disparity, pair.codec, pair.hidden)]
+            truth += [read_disparity(pair.right_disparity, pair.codec)] if pair.right_disparity else []
+        except (ValueError, OSError) as error:
+            bad.append(str(error))
+            continue
+        for side, image in zip(("left", "right"), views):
             write_image(out / side / "rgb" / f"{number:06d}.png", image)
-        for side, file in (("left", pair.disparity), ("right", pair.right_disparity)):
-            if file:
-                write_png16(out / side / "disparity" / f"{number:06d}.png", encode_fsd(read_disparity(file, pair.codec)))
-    (out / "names.txt").write_text("".join(f"{number:06d},{pair.name}\n" for number, pair in enumerate(pairs)))
-    return len(pairs)
+        for side, disparity in zip(("left", "right"), truth):
+            write_png16(out / side / "disparity" / f"{number:06d}.png", encode_fsd(disparity))
+        names.append(f"{number:06d},{pair.name}\n")
+    if names:
+        (out / "names.txt").write_text("".join(names))
+    return bad, len(pairs)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -306,9 +329,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.convert:
-            print(f"{convert(*args.convert, args.format, args.codec)} pairs written to {args.convert[1]}")
-            return 0
-        bad, total = check(args.check, args.format, args.codec, args.out)
+            bad, total = convert(*args.convert, args.format, args.codec)
+            print(f"{total - len(bad)} pairs written to {args.convert[1]}")
+        else:
+            bad, total = check(args.check, args.format, args.codec, args.out)
         print("\n".join([*bad, f"{len(bad)} of {total} pairs cannot be used"]))
         return int(bool(bad))
     except (ValueError, OSError) as error:

@@ -16,16 +16,15 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from tqdm import tqdm
 
 from common import dist
-from common.checkpoint import apply_weights
+from common.checkpoint import apply_weights, load_weights
 from stereo import baselines
 from stereo.formats import LISTS, Pair, list_pairs, read_disparity, read_mask, read_views
 from stereo.metrics import NAMES, DisparityMetrics, error_table, means
 from stereo.model import FoundationStereo, hierarchical, predict
-from stereo.weights import model_options, unwrap
+from stereo.weights import model_options, stored_config
 
 # dataset: (form of the folder, mask of the usual protocol, its number). sceneflow counts truth below 192 px only
 PROTOCOLS = {kind: (kind, "all", "epe") for kind in ("auto", *LISTS)}
@@ -72,7 +71,7 @@ def predictor(
 
 def read_truth(pair: Pair, shape: tuple[int, ...], mask_kind: str, max_disparity: float) -> tuple[np.ndarray, np.ndarray]:
     """(truth (H, W), mask (H, W)) of a pair: known, below max_disparity, and with "noc" non-occluded where the set tells."""
-    truth = read_disparity(pair.disparity, pair.codec)
+    truth = read_disparity(pair.disparity, pair.codec, pair.hidden)
     if truth.shape != shape[:2]:
         raise ValueError(f"{pair.disparity}: {truth.shape[1]}x{truth.shape[0]}, but the images are {shape[1]}x{shape[0]}")
     mask = (truth > 0) & (truth < max_disparity)
@@ -81,19 +80,30 @@ def read_truth(pair: Pair, shape: tuple[int, ...], mask_kind: str, max_disparity
 
 
 def evaluate(
-    predictors: dict, pairs: list[Pair], mask_kind: str = "all", max_disparity: float = np.inf, bar: bool = False
+    predictors: dict,
+    pairs: list[Pair],
+    mask_kind: str = "all",
+    max_disparity: float = np.inf,
+    bar: bool = False,
+    step: int | None = None,
 ) -> dict[str, dict]:
     """Metrics of each predictor over the pairs, which are shared out over the ranks.
 
     predictors: {name: function(left, right, truth, mask) -> disparity (H, W)}. Returns {name: {"per_image": {...}, "per_pixel":
-    {...}, "count": {...}, "rows": this rank's rows, "seconds": mean time}}. ValueError or OSError where a file cannot be used.
+    {...}, "count": {...}, "rows": this rank's rows, "seconds": mean time, "bad": {name of a pair that cannot be read: reason}}}.
+    step: of a training run, for its watch on hangs.
     """
     metrics = {name: DisparityMetrics() for name in predictors}
-    rows, seconds = {name: [] for name in predictors}, dict.fromkeys(predictors, 0.0)
+    rows, seconds, bad = {name: [] for name in predictors}, dict.fromkeys(predictors, 0.0), {}
     for pair in tqdm(pairs[dist.rank() :: dist.world_size()], desc="evaluate", unit="pair", disable=not bar):
-        dist.at(0, f"evaluate {pair.name}")
-        left, right = read_views(pair)
-        truth, mask = read_truth(pair, left.shape, mask_kind, max_disparity)
+        if step is not None or dist.world_size() > 1:  # one rank alone waits for nobody, however long an image takes
+            dist.at(step or 0, f"evaluate {pair.name}")
+        try:
+            left, right = read_views(pair)
+            truth, mask = read_truth(pair, left.shape, mask_kind, max_disparity)
+        except (ValueError, OSError) as error:
+            bad[pair.name] = str(error)
+            continue
         for name, run in predictors.items():
             start = time.perf_counter()
             pred = run(left, right, truth, mask)
@@ -103,12 +113,12 @@ def evaluate(
             sums, count = error_table(*maps)
             values = dict(zip(NAMES, means(sums, count)[0].tolist()))
             rows[name].append({"pair": pair.name, "method": name, "pixels": int(count)} | values)
-    out = {}
+    out, bad = {}, {name: reason for part in dist.gather(bad) for name, reason in part.items()}
     for name, own in metrics.items():
         flat = own.state.flatten()
         total = dist.all_sum({f"{i:03d}": flat[i] for i in range(len(flat))} | {"seconds": seconds[name]})
         own.state = torch.tensor([total[f"{i:03d}"] for i in range(len(flat))], dtype=torch.float64).view_as(own.state)
-        out[name] = own.compute() | {"rows": rows[name], "seconds": total["seconds"] / max(1, len(pairs))}
+        out[name] = own.compute() | {"rows": rows[name], "seconds": total["seconds"] / max(1, len(pairs) - len(bad)), "bad": bad}
     return out
 
 
@@ -119,29 +129,36 @@ def load_model(path: str, device: torch.device, **overrides) -> FoundationStereo
     """
     path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
         if path.stem == "latest":
-            own = path.with_name(f"{content['step']:08d}.pt")
+            own = path.with_name(f"{torch.load(path, map_location='cpu', weights_only=True)['step']:08d}.pt")
             path = own.with_stem(f"{own.stem}_ema") if own.with_stem(f"{own.stem}_ema").exists() else own
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        state = unwrap(content)
+        state = load_weights(path)
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such checkpoint") from None
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     except Exception as error:  # a damaged archive raises anything
         raise SystemExit(f"{path}: not a checkpoint of tensors ({type(error).__name__}: {str(error).splitlines()[0]})") from None
-    section = content.get("model_config") or {}
-    beside = path.parent / "cfg.yaml"
-    if not section and beside.is_file():
-        section = yaml.safe_load(beside.read_text()) or {}
     try:
-        options, notes = model_options(dict(section), state)
+        options, notes = model_options(stored_config(path), state)
         model = FoundationStereo(**options | overrides)
         apply_weights(model, state)
-    except (ValueError, KeyError) as error:
+    except (ValueError, TypeError) as error:
         raise SystemExit(f"{path}: {error}") from None
     for note in notes:
         print(note, file=sys.stderr)
     return model.to(device).eval()
+
+
+def at_least(low: float, kind=int):
+    """A type for argparse: numbers from `low` on."""
+
+    def number(text: str):
+        if not (value := kind(text)) >= low:
+            raise argparse.ArgumentTypeError(f"{text} must be {low} or more")
+        return value
+
+    return number
 
 
 def table(results: dict[str, dict], mean: str = "per_image") -> str:
@@ -163,15 +180,19 @@ def main() -> None:
     parser.add_argument(
         "--mask", choices=["all", "noc"], help="noc: non-occluded pixels where the set tells; default: its protocol"
     )
-    parser.add_argument("--max_disparity", type=float, help="count truth below this only; default: 192 for sceneflow, else all")
-    parser.add_argument("--iters", type=int, default=32, help="recurrent iterations")
+    parser.add_argument(
+        "--max_disparity", type=at_least(1, float), help="count truth below this only; default: 192 for sceneflow, else all"
+    )
+    parser.add_argument("--iters", type=at_least(1), default=32, help="recurrent iterations")
     parser.add_argument("--hiera", type=int, default=0, help="1: coarse to fine, for large images")
-    parser.add_argument("--scale", type=float, default=1.0, help="shrink the images first; disparities are brought back")
+    parser.add_argument(
+        "--scale", type=at_least(0.01, float), default=1.0, help="shrink the images first; disparities are brought back"
+    )
     parser.add_argument("--max_disp", type=int, help="range of the cost volume, where it shall differ from the checkpoint's")
     parser.add_argument("--low_memory", type=int, default=0, help="1: volume in 16 bit, correlation recomputed")
     parser.add_argument("--amp", default="off", choices=["off", "on", "bf16", "fp16"])
     parser.add_argument("--baselines", action="store_true", help="also the best constant and OpenCV's SGBM (told the true range)")
-    parser.add_argument("--limit", type=int, help="only the first so many pairs")
+    parser.add_argument("--limit", type=at_least(1), help="only the first so many pairs")
     parser.add_argument("--out", type=Path, help="CSV file with a row for each pair and method")
     parser.add_argument("--exclude", type=Path, help="write the names of bad training pairs here, for `exclude` of a data set")
     parser.add_argument("--exclude_above", type=float, default=60.0, help="a pair is bad above this bp2")
@@ -179,10 +200,18 @@ def main() -> None:
 
     device = dist.init()
     form, mask_kind, number = PROTOCOLS[args.dataset]
+    mask_kind = args.mask or mask_kind
     max_disparity = args.max_disparity or (192 if args.dataset == "sceneflow" else np.inf)
     methods, dtype = {}, dist.autocast_dtype(args.amp, device)
     try:
-        pairs = list_pairs(args.data, form, args.codec)[: args.limit]
+        for path in [path for path in (args.out, args.exclude) if path]:  # before the work, not after it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            open(path, "a").close()
+        split = "test" if args.dataset == "sceneflow" else "all"
+        pairs = list_pairs(args.data, form, args.codec, split=split)[: args.limit]
+        unmasked = sum(pair.mask is None for pair in pairs) if mask_kind == "noc" else 0
+        if args.mask == "noc" and unmasked == len(pairs):
+            raise ValueError(f"{args.data}: no pair has a mask of its non-occluded pixels: --mask all")
         if args.baselines or not args.checkpoint:
             methods["best constant"] = lambda left, right, truth, mask: baselines.constant(truth, mask)
             methods["SGBM (OpenCV)"] = lambda left, right, truth, mask: baselines.sgbm(
@@ -193,9 +222,10 @@ def main() -> None:
             model = load_model(args.checkpoint, device, **overrides)
             run = predictor(model, device, args.iters, bool(args.hiera), args.scale, dtype)
             methods[Path(args.checkpoint).stem] = lambda left, right, truth, mask: run(left, right)
-        results = evaluate(methods, pairs, args.mask or mask_kind, max_disparity, dist.is_main())
+        results = evaluate(methods, pairs, mask_kind, max_disparity, dist.is_main())
     except (ValueError, OSError) as error:
         sys.exit(str(error))
+    unread = results[next(iter(methods))]["bad"]
     rows = [row for name in methods for part in dist.gather(results[name]["rows"]) for row in part]
     if dist.is_main():
         for row in rows[:100]:
@@ -204,7 +234,8 @@ def main() -> None:
         images = results[next(iter(methods))]["count"]["images"]
         print(f"\nmean of the images ({images} with ground truth)\n{table(results)}")
         print(f"\nall pixels together\n{table(results, 'per_pixel')}")
-        used = f"mask {args.mask or mask_kind}, truth below {max_disparity:g} px; the usual number of this set is {number}"
+        lacking = f" ({unmasked} of {len(pairs)} pairs have none: all their pixels count)" if unmasked else ""
+        used = f"mask {mask_kind}{lacking}, truth below {max_disparity:g} px; the usual number of this set is {number}"
         print(f"\n{used}; " + ", ".join(f"{name} {result['seconds']:.2f} s a pair" for name, result in results.items()))
         if args.out:
             with open(args.out, "w", newline="") as file:
@@ -213,10 +244,13 @@ def main() -> None:
                 writer.writerows(rows)
             print(f"per pair: {args.out}")
         if args.exclude:
-            bad = [row["pair"] for row in rows if row["method"] == list(methods)[-1] and not row["bp2"] <= args.exclude_above]
+            bad = [*unread] + [row["pair"] for row in rows if row["method"] == list(methods)[-1] and not row["bp2"] <= args.exclude_above]
             args.exclude.write_text("".join(f"{name}\n" for name in bad))
-            print(f"{len(bad)} of {len(pairs)} pairs have bp2 above {args.exclude_above:g}: {args.exclude}")
+            print(f"{len(bad)} of {len(pairs)} pairs cannot be read or have bp2 above {args.exclude_above:g}: {args.exclude}")
+        if unread:
+            print("\n".join([*unread.values(), f"{len(unread)} of {len(pairs)} pairs could not be read and are left out"]))
     dist.shutdown()
+    sys.exit(int(bool(unread)))
 
 
 if __name__ == "__main__":

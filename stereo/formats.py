@@ -42,13 +42,16 @@ class Pair(NamedTuple):
     right_disparity: Path | None = None
     mask: Path | None = None  # the non-occluded pixels: 255 (Middlebury, ETH3D), or a map that is > 0 there (KITTI noc)
     calibration: Path | None = None
+    hidden: tuple[Path, ...] = ()  # masks, not 0 where the truth of the left view does not count (Sintel)
+    sparse: bool = False  # ground truth in single points (KITTI)
 
 
 # ---------------------------------------------------------------------------------------------------------- disparities
 
 
-def load_raw(path: Path, codec: str) -> np.ndarray:
-    """Read a disparity file as it is stored, (H, W) or (H, W, 3). ValueError or OSError naming the file."""
+def load_raw(path: Path, codec: str, hidden: tuple[Path, ...] = ()) -> np.ndarray:
+    """Read a disparity file as it is stored, (H, W) or (H, W, 3), 0 where a mask of `hidden` is not. ValueError or OSError naming
+    the file."""
     suffix = path.suffix.lower()
     if suffix == ".pfm":
         try:
@@ -77,14 +80,19 @@ def load_raw(path: Path, codec: str) -> np.ndarray:
         raise ValueError(f"{path}: {shape}; the code '{codec}' wants an array of {'(H, W, 3)' if colours else '(H, W)'}")
     if colours and raw.dtype != np.uint8:
         raise ValueError(f"{path}: {raw.dtype}; the code '{codec}' wants 8 bits a channel")
+    for file in hidden:
+        mask = read_image(file).any(-1)
+        if mask.shape != raw.shape[:2]:
+            raise ValueError(f"{file}: {mask.shape[1]}x{mask.shape[0]}, but the disparity is {raw.shape[1]}x{raw.shape[0]}")
+        raw[mask] = 0
     return raw
 
 
 def decode_disparity(raw: np.ndarray, codec: str) -> np.ndarray:
     """Values as stored -> disparity in pixels, float32, 0 where there is none (not finite, not positive, or marked as missing).
 
-    codec: "fsd" (base 255; "fsd:GRB" for files with red and green exchanged), "sintel" (4 R + G / 64 + B / 16384), "pfm" or
-    "value" (as it is; negative ones, which SceneFlow has, lose their sign), "div:256" (value / 256: KITTI, "div:100" InStereo2K,
+    codec: "fsd" (base 255; "fsd:GRB" for files with red and green exchanged), "sintel" (4 R + G / 64 + B / 16384), "value" (as it
+    is), "pfm" (SceneFlow's: as it is, but negative ones lose their sign), "div:256" (value / 256: KITTI, "div:100" InStereo2K,
     "div:32" CREStereo, "div:4" Middlebury 2003), "over:386.2" (386.2 / value: depth files, the number is focal length times
     baseline in the unit of the file; the largest integer of a 16-bit file is sky).
     """
@@ -96,8 +104,8 @@ def decode_disparity(raw: np.ndarray, codec: str) -> np.ndarray:
     if kind == "sintel":
         r, g, b = (raw[..., c].astype(np.float32) for c in range(3))
         return 4 * r + g / 64 + b / 16384
-    values = np.abs(raw.astype(np.float32)) if kind in ("pfm", "value") else raw.astype(np.float32)
-    values = np.where(np.isfinite(values), values, 0)
+    values = np.abs(raw.astype(np.float32)) if kind == "pfm" else raw.astype(np.float32)
+    values = np.where(np.isfinite(values) & (values > 0), values, 0)
     if kind == "div":
         return values / np.float32(argument)
     if kind == "over":
@@ -108,9 +116,9 @@ def decode_disparity(raw: np.ndarray, codec: str) -> np.ndarray:
     return values
 
 
-def read_disparity(path: Path, codec: str) -> np.ndarray:
-    """The whole disparity map (H, W) float32 of a file, 0 where there is none."""
-    return decode_disparity(load_raw(path, codec), codec)
+def read_disparity(path: Path, codec: str, hidden: tuple[Path, ...] = ()) -> np.ndarray:
+    """The whole disparity map (H, W) float32 of a file, 0 where there is none or a mask of `hidden` is not 0."""
+    return decode_disparity(load_raw(path, codec, hidden), codec)
 
 
 def read_mask(pair: Pair) -> np.ndarray | None:
@@ -123,28 +131,29 @@ def read_mask(pair: Pair) -> np.ndarray | None:
 
 
 def read_calibration(path: Path, index: str = "") -> dict[str, float]:
-    """{"fx", "cx", "cy", "baseline" (metres), "doffs"} of a calib.txt (Middlebury), a calib.json, or an intrinsics file.
+    """{"fx", "fy", "cx", "cy", "baseline" (metres), "doffs"} of a calib.txt (Middlebury), a calib.json, or an intrinsics file.
 
     depth = fx * baseline / (disparity + doffs). Intrinsics file: nine numbers of K on the first line, the baseline in metres on
-    the second. A calib.json may hold one entry per pair, by `index`. ValueError naming the file when something is missing.
+    the second. A calib.json may hold one entry per pair, by `index`, and leave out fy, cx and cy. ValueError naming the file when
+    something is missing.
     """
     try:
         text = Path(path).read_text()
         if path.suffix == ".json":
             found = json.loads(text)
             found = found.get(index, found)
-            out = {key: float(found[key]) for key in ("fx", "cx", "cy", "doffs") if key in found}
+            out = {key: float(found[key]) for key in ("fx", "fy", "cx", "cy", "doffs") if key in found}
             out["baseline"] = float(found["baseline_m"] if "baseline_m" in found else found["baseline"])
         elif "cam0" in text:
             lines = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
             K = [float(v) for v in re.findall(r"[-+.\deE]+", lines["cam0"])]
-            out = {"fx": K[0], "cx": K[2], "cy": K[5], "baseline": float(lines["baseline"]) / 1000}
+            out = {"fx": K[0], "fy": K[4], "cx": K[2], "cy": K[5], "baseline": float(lines["baseline"]) / 1000}
             out["doffs"] = float(lines.get("doffs", 0))
         else:
             K, rest = [float(v) for v in text.split()[:9]], text.split()[9:]
-            out = {"fx": K[0], "cx": K[2], "cy": K[5], "baseline": float(rest[0]), "doffs": 0.0}
-        if not (out["fx"] > 0 and out["baseline"] > 0):
-            raise ValueError("focal length and baseline must be positive")
+            out = {"fx": K[0], "fy": K[4], "cx": K[2], "cy": K[5], "baseline": float(rest[0]), "doffs": 0.0}
+        if not (out["fx"] > 0 and out.get("fy", 1) > 0 and out["baseline"] > 0):
+            raise ValueError("focal lengths and baseline must be positive")
         return {"doffs": 0.0} | out
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, RecursionError) as error:
         wanted = "calib.txt of Middlebury, a JSON with fx and baseline, or nine numbers of K and then the baseline in metres"
@@ -167,12 +176,13 @@ def first(folder: Path, *names: str) -> Path | None:
 
 
 def folders(root: Path) -> list[Path]:
-    """All folders below and with root, sorted; hidden ones left out."""
-    found = []
-    for path, below, _ in os.walk(root):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        found.append(Path(path))
-    return found
+    """All folders below and with root, sorted, linked ones too, each once; hidden ones left out."""
+    found = {}
+    for path, below, _ in os.walk(root, followlinks=True):
+        real = os.path.realpath(path)
+        below[:] = sorted(name for name in below if not name.startswith(".")) if real not in found else []  # a link may lead back
+        found.setdefault(real, Path(path))
+    return list(found.values())
 
 
 def name_of(root: Path, path: Path) -> str:
@@ -228,7 +238,8 @@ def list_kitti(root: Path, codec: str) -> list[Pair]:
             for stem in sorted(views.keys() & others.keys() & (truth.keys() or views.keys())):
                 if stem.endswith("_10") or not truth:  # _11 is the next moment, without ground truth
                     name = name_of(root, folder / stem)
-                    pairs.append(Pair(name, views[stem], others[stem], truth.get(stem), codec or "div:256", None, mask.get(stem)))
+                    files = views[stem], others[stem], truth.get(stem)
+                    pairs.append(Pair(name, *files, codec or "div:256", mask=mask.get(stem), sparse=True))
     return pairs
 
 
@@ -255,8 +266,11 @@ def list_sintel(root: Path, codec: str) -> list[Pair]:
         for folder in folders(base / f"{kind}_left") if (base / f"{kind}_left").is_dir() else ():
             scene = folder.name
             views, others, truth = stems(folder), stems(base / f"{kind}_right" / scene), stems(base / "disparities" / scene)
+            masks = [stems(base / kind / scene) for kind in ("occlusions", "outofframe")]
             for stem in sorted(views.keys() & others.keys() & truth.keys()):
-                pairs.append(Pair(name_of(root, folder / stem), views[stem], others[stem], truth[stem], codec or "sintel"))
+                hidden = tuple(mask[stem] for mask in masks if stem in mask)
+                files = views[stem], others[stem], truth[stem]
+                pairs.append(Pair(name_of(root, folder / stem), *files, codec or "sintel", hidden=hidden))
         if pairs:
             return pairs
     return pairs
@@ -338,17 +352,24 @@ LISTS = {
 }
 
 
-def list_pairs(root, format: str = "auto", codec: str = "", truth: bool = True) -> list[Pair]:
+def list_pairs(root, format: str = "auto", codec: str = "", truth: bool = True, split: str = "all") -> list[Pair]:
     """The pairs under `root`, sorted by name. FileNotFoundError or ValueError naming the folder and what was looked for.
 
     format: a key of LISTS, or "auto". codec: how the disparities are coded, where it is not the format's own way.
-    truth: pairs without ground truth are an error.
+    truth: pairs without ground truth are an error. split: "test" is SceneFlow's TEST part where there is one, "train" the rest.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder of stereo pairs")
     if format != "auto" and format not in LISTS:
         raise ValueError(f"unknown format '{format}' of {root}: auto, {', '.join(LISTS)}")
+    if split not in ("all", "train", "test"):
+        raise ValueError(f"split '{split}' of {root} must be all, train or test")
+    if codec:
+        with np.errstate(divide="ignore"):
+            one = decode_disparity(np.ones((1, 1, 3), np.uint8), codec)  # a misspelt one shows now
+        if not 0 < one.min() <= one.max() < np.inf:
+            raise ValueError(f"codec '{codec}' of {root}: its number must be positive")
     found = {}
     for kind in LISTS if format == "auto" else [format]:
         if pairs := LISTS[kind](root, codec):
@@ -358,7 +379,7 @@ def list_pairs(root, format: str = "auto", codec: str = "", truth: bool = True) 
     else:
         kind, pairs = next(iter(found.items()), ("", []))
     if not pairs:
-        if (root / "left" / "rgb").is_dir():
+        if format in ("auto", "folder") and (root / "left" / "rgb").is_dir():
             raise ValueError(f"{root}: no name that left/rgb, right/rgb and left/disparity have in common")
         expected = (
             "left/rgb/0000.jpg, right/rgb/0000.jpg, left/disparity/0000.png; the other forms are listed in stereo/formats.py"
@@ -367,6 +388,13 @@ def list_pairs(root, format: str = "auto", codec: str = "", truth: bool = True) 
     if truth and (lacking := [pair.name for pair in pairs if pair.disparity is None]):
         reason = "left/disparity is missing or empty" if kind == "folder" else "no disparity file"
         raise ValueError(f"{root}: no ground truth for {len(lacking)} of {len(pairs)} pairs, among them {lacking[0]}: {reason}")
+    if kind == "sceneflow" and split != "all":
+        apart = {split: [] for split in ("train", "test")}
+        for pair in pairs:
+            apart["test" if "TEST" in pair.name.split("/") else "train"].append(pair)
+        pairs = apart[split] or (pairs if split == "test" else [])
+        if not pairs:
+            raise ValueError(f"{root}: only SceneFlow's TEST part, which is for evaluation; `split: all` trains on it")
     return sorted(pairs)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of stereo/
 
+import cv2
 import numpy as np
 from scipy.spatial import cKDTree
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from common import dist
 from common.io import contact_sheet, write_image, write_ply, write_png16
 from stereo.codec import encode_kitti, encode_pfm
 from stereo.draw import disparity_picture
-from stereo.eval import load_model, predictor
+from stereo.eval import at_least, load_model, predictor
 from stereo.formats import Pair, read_calibration, read_views, stems
 
 
@@ -39,6 +40,17 @@ def image_pairs(left: Path, right: Path) -> list[Pair]:
     if not (names := sorted(lefts.keys() & rights.keys())):
         raise SystemExit(f"{left} and {right}: no image has the same name in both")
     return [Pair(name, lefts[name], rights[name]) for name in names]
+
+
+def look_swapped(left: np.ndarray, right: np.ndarray) -> bool:
+    """True where blocks of the left image are found better to the right of their place on the right image than to the left of it:
+    the views are exchanged, or the pair is not rectified. left, right: (H, W, 3) uint8."""
+    size = (160, max(16, round(160 * left.shape[0] / left.shape[1])))
+    left, right = (cv2.resize(cv2.cvtColor(v, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA) for v in (left, right))
+    wide = cv2.copyMakeBorder(right, 0, 0, 40, 40, cv2.BORDER_REPLICATE)  # disparities up to a quarter of the width
+    cost = lambda d: cv2.blur(cv2.absdiff(left, wide[:, 40 - d : 200 - d]).astype(np.float32), (9, 9))
+    right_way, wrong_way = (np.min([cost(sign * d) for d in range(1, 41)], 0)[:, 40:-40].mean() for sign in (1, -1))
+    return bool(wrong_way < 0.8 * right_way)
 
 
 def depth_map(disparity: np.ndarray, camera: dict[str, float]) -> np.ndarray:
@@ -79,12 +91,12 @@ def main() -> None:
     parser.add_argument("--right", "--right_file", required=True, type=Path, help="right image, or a folder with the same names")
     parser.add_argument("--out", "--out_dir", required=True, type=Path, help="output folder")
     parser.add_argument("--format", default="pfm", choices=["pfm", "png", "npz"], help="of the disparity map")
-    parser.add_argument("--iters", "--valid_iters", type=int, default=32, help="recurrent iterations")
-    parser.add_argument("--scale", type=float, default=1.0, help="shrink the images first; maps are brought back to full size")
+    parser.add_argument("--iters", "--valid_iters", type=at_least(1), default=32, help="recurrent iterations")
+    parser.add_argument("--scale", type=at_least(0.01, float), default=1.0, help="shrink the images first; maps are brought back")
     parser.add_argument("--hiera", type=int, default=0, help="1: coarse to fine, for images wider than about 1000 pixels")
     parser.add_argument("--max_disp", type=int, help="range of the cost volume, where it shall differ from the checkpoint's")
     parser.add_argument("--low_memory", type=int, default=0, help="1: volume in 16 bit, correlation recomputed")
-    parser.add_argument("--x_offset", type=int, default=0, help="pixels by which disparities may be negative")
+    parser.add_argument("--x_offset", type=at_least(0), default=0, help="pixels by which disparities may be negative")
     parser.add_argument("--amp", default="on", choices=["off", "on", "bf16", "fp16"], help="on a GPU only")
     parser.add_argument("--intrinsics", "--intrinsic_file", type=Path, help="calibration: write depth and point cloud")
     parser.add_argument("--get_pc", type=int, default=1, help="0: no point cloud")
@@ -97,18 +109,24 @@ def main() -> None:
 
     device = dist.init()
     pairs = image_pairs(args.left, args.right)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {args.out}: not a folder that can be written ({error})") from None
     overrides = {"low_memory": bool(args.low_memory)} | ({"max_disp": args.max_disp} if args.max_disp else {})
     dtype = dist.autocast_dtype(args.amp, device) if device.type == "cuda" else None
     model = load_model(args.checkpoint, device, **overrides)
     run = predictor(model, device, args.iters, bool(args.hiera), args.scale, dtype, args.x_offset)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for pair in tqdm(pairs, desc="infer", unit="pair", disable=len(pairs) < 2):
-        dist.at(0, f"infer {pair.name}")
+    for pair in tqdm(pairs[dist.rank() :: dist.world_size()], desc="infer", unit="pair", disable=len(pairs) < 2):
         try:
             left, right = read_views(pair)
+            if args.x_offset >= left.shape[1]:
+                raise ValueError(f"--x_offset {args.x_offset}: {pair.left} is {left.shape[1]} pixels wide")
             camera = read_calibration(args.intrinsics, pair.name) if args.intrinsics else None
         except (ValueError, OSError) as error:
             raise SystemExit(str(error)) from None
+        if not args.x_offset and look_swapped(left, right):
+            print(f"WARNING: {pair.name}: matches lie to the right: are left and right exchanged?")
         disparity = run(left, right)
         visible = np.arange(left.shape[1]) - disparity >= 0
         base, written = args.out / pair.name, np.maximum(disparity, 0) if args.x_offset == 0 else disparity

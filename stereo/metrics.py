@@ -4,6 +4,7 @@ epe: mean e. rmse: root of the mean of e^2. bpT ("bad-T"): share of e > T. d1_ki
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 THRESHOLDS = (0.5, 1, 2, 3, 4, 5)
@@ -69,3 +70,13 @@ def step_metrics(pred: Tensor, gt: Tensor, mask: Tensor) -> dict[str, Tensor]:
     sums, count = error_table(pred, gt, mask)
     values = dict(zip(NAMES, means(sums.sum(0), count.sum().clamp(min=1)).float().unbind()))
     return {**values, "D1": values["bp3"], "D3": values["bp1"]}
+
+
+def batch_metrics(final: Tensor, start: Tensor, truth: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """`step_metrics` of the final disparity under the tags metric/*, and metric/init_epe of the initial one.
+
+    final, truth, mask: (B, H, W). start: (B, 1, H/4, W/4) in quarter pixels.
+    """
+    full = 4 * F.interpolate(start.float(), truth.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
+    values = step_metrics(final, truth, mask) | {"init_epe": step_metrics(full, truth, mask)["epe"]}
+    return {f"metric/{name}": value for name, value in values.items()}

@@ -1,7 +1,8 @@
 """Learning rates as pure functions of the step, from the expressions of the users' configs.
 
-An expression is arithmetic in `epoch`, which means the number of finished updates: numbers, + - * / **, comparisons, min, max,
-exp, log, sqrt, cos, pi, and Piecewise((value, condition), ..., (value, True)). It is walked as a syntax tree, never run.
+An expression is arithmetic in `epoch`, which means the number of finished updates, and `steps`, the number of all: numbers,
++ - * / **, comparisons, min, max, exp, log, sqrt, cos, pi, and Piecewise((value, condition), ..., (value, True)). It is walked as a
+syntax tree, never run.
 """
 
 import ast
@@ -16,11 +17,11 @@ OPERATORS = {
 FUNCTIONS = {"min": min, "max": max, "exp": math.exp, "log": math.log, "sqrt": math.sqrt, "cos": math.cos}
 
 
-def evaluate(expression: str | float, epoch: float) -> float:
+def evaluate(expression: str | float, epoch: float, steps: float = math.inf) -> float:
     """Value of a schedule expression; ValueError names what is not allowed."""
     if not isinstance(expression, str):
         return float(expression)
-    names = {"epoch": epoch, "pi": math.pi, "True": True, "False": False}
+    names = {"epoch": epoch, "steps": steps, "pi": math.pi, "True": True, "False": False}
 
     def value(node):
         if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
@@ -34,9 +35,9 @@ def evaluate(expression: str | float, epoch: float) -> float:
             return OPERATORS[type(node.op)](left, float(right) if isinstance(node.op, ast.Pow) else right)
         if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
             return OPERATORS[type(node.op)](value(node.operand))
-        if isinstance(node, ast.Compare):
+        if isinstance(node, ast.Compare) and all(type(op) in OPERATORS for op in node.ops):
             sides = [value(n) for n in (node.left, *node.comparators)]
-            return all(OPERATORS[type(op)](a, b) for op, a, b in zip(node.ops, sides, sides[1:]) if type(op) in OPERATORS)
+            return all(OPERATORS[type(op)](a, b) for op, a, b in zip(node.ops, sides, sides[1:]))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
             if node.func.id in FUNCTIONS:
                 return FUNCTIONS[node.func.id](*map(value, node.args))
@@ -50,18 +51,6 @@ def evaluate(expression: str | float, epoch: float) -> float:
         return float(value(ast.parse(expression.strip(), mode="eval").body))
     except (SyntaxError, TypeError, OverflowError, ZeroDivisionError) as error:
         raise ValueError(f"schedule {expression!r} at epoch {epoch}: {error}") from error
-
-
-def lr_lambda(expressions: str | list[str], step: int, milestones: tuple[int, ...] = (), restart: bool = False) -> float:
-    """Factor on the learning rate: expression i rules from milestones[i-1] on.
-
-    Expressions see the absolute step. restart: they see the steps since their own beginning, as torch's SequentialLR counts.
-    """
-    expressions = [expressions] if isinstance(expressions, (str, int, float)) else list(expressions)
-    if len(expressions) != len(milestones) + 1:
-        raise ValueError(f"{len(expressions)} schedules need {len(expressions) - 1} milestones, got {len(milestones)}")
-    i = sum(step >= m for m in milestones)
-    return evaluate(expressions[i], step - milestones[i - 1] if restart and i else step)
 
 
 def one_cycle(

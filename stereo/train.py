@@ -6,6 +6,7 @@
   resume         the same command again
 """
 
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -14,8 +15,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of stereo/
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import config, data, dist
@@ -23,17 +23,17 @@ from common.checkpoint import Checkpoints, apply_optimizer, apply_weights, load_
 from common.guard import StepGuard
 from common.log import Logger, Progress
 from stereo import recipe
-from stereo.dataset import StereoDataset, make_sources
+from stereo.averages import Averages
+from stereo.dataset import Source, StereoDataset, make_sources
 from stereo.draw import draw_samples
 from stereo.ema import make_ema, update_ema
 from stereo.eval import evaluate, predictor
-from stereo.formats import list_pairs
-from stereo.metrics import step_metrics
+from stereo.metrics import batch_metrics
 from stereo.model import FoundationStereo
 from stereo.weights import load_depth_anything, load_edgenext, model_options
 
 REFERENCE = Path(__file__).parent / "configs" / "paper.yaml"
-ALIASES = {"enable_mixed_precision": "amp", "amp_dtype": "amp", "finetune": "init", "eval_every": "validate_every"}
+ALIASES = {"enable_mixed_precision": "amp", "finetune": "init", "eval_every": "validate_every", "sync_bn": "bn"}
 FREE = ("model", "loss", "optimizer", "lr_scheduler", "data.datasets", "data.val_datasets")  # a user's file gives them whole
 
 
@@ -66,9 +66,10 @@ def build_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
     return recipe.make_optimizer(model, cfg.optimizer)
 
 
-def lr_at(step: int, base_lr: float, group: int, cfg) -> float:
+def lr_at(step: int, group: dict, cfg) -> float:
     """Learning rate of update `step` in a parameter group."""
-    return base_lr * recipe.lr_factor(cfg.lr_scheduler, step, base_lr, group)
+    base = group["base_lr"]
+    return base * recipe.lr_factor(cfg.lr_scheduler, step, base, group["entry"], steps=cfg.num_iterations)
 
 
 def build_dataset(cfg, model: FoundationStereo, seed: int) -> StereoDataset:
@@ -98,10 +99,10 @@ def build_loader(dataset: StereoDataset, cfg, first_step: int, last_step: int):
 def train_step(
     net, model, ema, batches: list[dict], optimizer, scaler, guard: StepGuard, cfg, dtype, step: int, max_disparity: float
 ) -> dict:
-    """One optimizer step; returns detached tensors and the learning rate. Nothing here waits for this step's device work."""
+    """One optimizer step; returns {"logs": the values of each micro-batch, ...}, detached. Nothing here waits for its device work."""
     device, count, every = guard.device, len(batches), recipe.needs_all(cfg.loss)
     optimizer.zero_grad(set_to_none=True)
-    logged: dict[str, Tensor] = {}
+    mean, logs = torch.zeros((), device=device), []
     for i, batch in enumerate(batches):
         left, right, truth, mask, label = (
             batch[key].to(device, non_blocking=True)
@@ -116,47 +117,41 @@ def train_step(
                 out = net(left, right, iters=cfg.train_iters, every_iteration=every)
             loss, parts = recipe.total_loss(out, truth, mask, label, cfg.loss, max_disparity)
             scaler.scale(loss / count).backward()
-        for name, value in ({"loss": loss.detach()} | parts).items():
-            logged[name] = logged.get(name, 0.0) + value.float() / count
+        mean += loss.detach() / count
+        losses = {f"loss/{name}": value for name, value in ({"loss": loss.detach()} | parts).items()}
+        logs.append(losses | batch_metrics(out["preds"][-1].detach().squeeze(1), out["init"].detach(), truth, mask))
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], cfg.grad_clip)
+    grad_norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], cfg.grad_clip or math.inf)
     guard.settle()  # the flag of the step before
-    for number, group in enumerate(optimizer.param_groups):
-        group["lr"] = lr_at(step - guard.skipped, group["base_lr"], number, cfg)
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(step - guard.skipped, group, cfg)
     pairs = cfg.batch_size_forward * count * dist.world_size()
-    flag = guard.check(logged["loss"], grad_norm, f"step {step}, samples {step * pairs}..{(step + 1) * pairs - 1}")
+    flag = guard.check(mean, grad_norm, f"step {step}, samples {step * pairs}..{(step + 1) * pairs - 1}")
     optimizer.found_inf = flag
     optimizer.step()  # fused: does nothing where found_inf is 1
     scaler.update()
     if ema is not None:
         update_ema(ema, model, cfg.ema_decay, skip=flag)
-    final, start = out["preds"][-1].detach().squeeze(1), out["init"].detach()
-    return {"logged": logged, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "maps": (final, start, truth, mask)}
+    return {"logs": logs, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"]}
 
 
-def batch_metrics(maps: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Metrics of the last micro-batch under the tags metric/*, and the mean error of the initial disparity."""
-    final, start, truth, mask = maps
-    full = 4 * F.interpolate(start.float(), truth.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
-    values = step_metrics(final, truth, mask) | {"init_epe": step_metrics(full, truth, mask)["epe"]}
-    return {f"metric/{name}": value for name, value in values.items()}
+def validate(model: FoundationStereo, sets: list[Source], cfg, device: torch.device, dtype, step: int) -> tuple[dict, list[str]]:
+    """{"NAME/epe": ...} of every validation set, and means over the sets; and a line for each pair that could not be read.
 
-
-def validate(model: FoundationStereo, cfg, device: torch.device, dtype) -> dict[str, float]:
-    """{"NAME/epe": ...} of every validation set, and means over the sets; pairs are shared out over the ranks."""
-    training, out = model.training, {}
+    Pairs are shared out over the ranks.
+    """
+    training, out, bad = model.training, {}, []
     run = predictor(model.eval(), device, cfg.valid_iters, dtype=dtype)
-    for entry in cfg.data.val_datasets:
-        pairs = list_pairs(entry["path"], entry.get("format", "auto"), entry.get("codec", ""))[: cfg.validate_pairs]
-        limit = cfg.data.max_disparity or model.max_disp
-        result = evaluate({"model": lambda left, right, *_: run(left, right)}, pairs, entry.get("mask", "all"), limit)
-        scores = result["model"]["per_image"]
-        name = entry.get("name") or Path(entry["path"]).name
-        out |= {f"{name}/{key}": value for key, value in scores.items()}
-        for key, value in scores.items():
-            out[key] = out.get(key, 0.0) + value / len(cfg.data.val_datasets)
+    limit = cfg.data.max_disparity or model.max_disp
+    for source in sets:
+        pairs = source.pairs[: cfg.validate_pairs]
+        result = evaluate({"model": lambda left, right, *_: run(left, right)}, pairs, source.mask, limit, step=step)["model"]
+        out |= {f"{source.name}/{key}": value for key, value in result["per_image"].items()}
+        for key, value in result["per_image"].items():
+            out[key] = out.get(key, 0.0) + value / len(sets)
+        bad += result["bad"].values()
     model.train(training)
-    return out
+    return out | {"bad_pairs": len(bad)}, bad
 
 
 def describe(cfg, dataset, model, dtype, device, step: int, last_step: int) -> str:
@@ -175,6 +170,10 @@ def describe(cfg, dataset, model, dtype, device, step: int, last_step: int) -> s
 
 def main() -> None:
     cfg = config.parse(sys.argv[1:], __doc__, REFERENCE, aliases=ALIASES, free=FREE)
+    cfg.bn = {True: "sync", False: None}.get(cfg.bn, cfg.bn)  # --sync_bn
+    weights = Path(str(cfg.checkpoint))
+    if weights.suffix and weights.is_file() and not Checkpoints.owns(weights):  # of no run to resume: the same as --init
+        cfg.init, cfg.checkpoint = str(weights), "none"
     device = dist.init(cfg.timeout)
     stop, world, folder = dist.StopSignal(), dist.world_size(), Path(cfg.workspace)
     log = Logger(folder, cfg)
@@ -183,9 +182,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = not cfg.deterministic and len(cfg.data.image_sizes or ()) == 1  # not when sizes vary
     torch.manual_seed(cfg.seed)  # initial weights: the same on all ranks
 
-    recipe.check_model(cfg.model)
-    recipe.check_loss(cfg.loss, cfg.train_iters)
-    lr_at(0, 1.0, 0, cfg)  # a wrong expression shows now
+    recipe.check(cfg)
     last_step = min(cfg.num_iterations, cfg.max_steps or cfg.num_iterations)
     checkpoints = Checkpoints(folder / "checkpoint", cfg.keep_last, cfg.keep_every, log.text)
     state = checkpoints.load(cfg.checkpoint)
@@ -193,20 +190,25 @@ def main() -> None:
     if world > 1 and device.type == "cuda" and not model.bn_frozen and cfg.bn in (None, "sync"):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     dataset = build_dataset(cfg, model, cfg.seed)
+    val_sets = make_sources(cfg.data.val_datasets, split="test")
     optimizer = build_optimizer(model, cfg)
-    dtype = dist.autocast_dtype(cfg.amp, device)
+    if cfg.amp_dtype not in (None, "bf16", "fp16"):
+        raise ValueError(f"amp_dtype '{cfg.amp_dtype}' must be bf16, fp16 or null")
+    dtype = dist.autocast_dtype(cfg.amp_dtype or "on" if cfg.amp == "on" else cfg.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     ema = make_ema(model) if cfg.enable_ema else None
-    step = skipped = 0
+    step, skipped, averages = 0, 0, Averages()
     if state and "optimizer" in state:
         step, skipped = state["step"], state["optimizer"]["skipped"]
         apply_optimizer(optimizer, scaler, state["optimizer"])
+        averages.load(state["optimizer"].get("window", []), device)
         if ema is not None and "ema" in state:
             apply_weights(ema, state["ema"]["model"])
         log.text(f"resumed at step {step}")
     elif state:
         log.text(f"{cfg.checkpoint}: weights only, starting at step 0")
     del state
+    last_step = min(last_step, step + (cfg.max_steps_per_run or last_step))
     if cfg.enable_mlflow and dist.is_main():
         log.text(f"logging to TensorBoard ({folder / 'tb'}) and {folder / 'metrics.jsonl'}")
     for size in dataset.sizes:
@@ -227,7 +229,8 @@ def main() -> None:
     batches = build_loader(dataset, cfg, step, last_step)
     progress = Progress(last_step, step, log)
     pairs = cfg.batch_size_forward * cfg.gradient_accumulation_steps * world
-    max_disparity = dataset.max_disparity
+    max_disparity, unread = dataset.max_disparity, set()
+    due = lambda every: step == last_step or (every and step % every == 0)
     model.train()
     while step < last_step:
         dist.at(step, "data")
@@ -239,11 +242,13 @@ def main() -> None:
         dist.at(step, "train step")
         dist.seed_step(cfg.seed, step, dist.rank())
         out = train_step(net, model, ema, micro, optimizer, scaler, guard, cfg, dtype, step, max_disparity)
+        for values in out["logs"]:
+            averages.add(values)
         step += 1
 
-        if step % cfg.log_every == 0 or step == last_step:
+        if due(cfg.log_every):
             dist.check_drift(model.parameters(), step)
-            values = dist.all_mean({f"loss/{name}": value for name, value in out["logged"].items()} | batch_metrics(out["maps"]))
+            values = averages.take()
             run = {"train/grad_norm": out["grad_norm"], "train/lr": out["lr"], "train/skipped": guard.skipped}
             run["train/bad_samples"] = bad.total()
             log.scalars(step, values | run | progress.update(step, values["loss/loss"], out["lr"], pairs))
@@ -251,20 +256,25 @@ def main() -> None:
             shown = ema or model
             draw_samples(predictor(shown.eval(), device, cfg.valid_iters, dtype=dtype), vis, log, step)
             model.train()
-        if cfg.data.val_datasets and (step % cfg.validate_every == 0 or step == last_step):
+        if val_sets and due(cfg.validate_every):
             dist.at(step, "validate")
-            scores = validate(ema or model, cfg, device, dtype)
+            scores, failures = validate(ema or model, val_sets, cfg, device, dtype, step)
+            for reason in [reason for reason in failures if reason not in unread]:
+                log.text(f"WARNING: validation pair left out: {reason}")
+            unread |= set(failures)
             log.scalars(step, {f"val/{name}": value for name, value in scores.items()})
             rates = "  ".join(f"{name} {scores[name]:.2f}" for name in ("bp1", "bp2", "bp3"))
             log.text(f"step {step}: EPE {scores['epe']:.3f}  {rates}")
         stopping = stop.agreed()
-        if step % cfg.save_every == 0 or step == last_step or stopping:
+        if due(cfg.save_every) or stopping:
             dist.at(step, "save")
             guard.settle()
             dist.check_drift(model.parameters(), step)
+            window = averages.state()
             if dist.is_main():
                 about = {"model_config": model.options}
                 run = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "skipped": guard.skipped, "step": step}
+                run["window"] = window
                 parts = {"": {"model": model.state_dict(), **about}, "optimizer": run | about}
                 checkpoints.save(step, parts | ({"ema": {"model": ema.state_dict(), **about}} if ema is not None else {}))
         if stopping:

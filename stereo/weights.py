@@ -1,13 +1,13 @@
-"""Published weights: reading their layouts, choosing the model they belong to, loading them by name.
+"""Published weights: choosing the model they belong to, and loading those of its branches. common.checkpoint reads the files."""
 
-Files are dicts with the weights under `model` (beside optimizer state), under `state_dict`, or bare, perhaps with a common
-prefix `module.`. Read them with torch.load(..., weights_only=True).
-"""
-
-import re
 from collections.abc import Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
+
+from common.checkpoint import apply_weights
+from common.config import read
 
 VIT_SIZES = {384: "vits", 768: "vitb", 1024: "vitl"}
 PATCH_KERNEL = "feature.dino.depth_anything.pretrained.patch_embed.proj.weight"
@@ -17,17 +17,16 @@ OPTIONS += ("legacy_head_attention",)
 NO_EFFECT = ("feature_type", "correlation_implementation", "feature_channels", "test_mode", "slow_fast_gru")
 
 
-def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint, without the common prefix `module.`."""
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-    state = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)}
-    if not state:
-        raise ValueError(f"no weights in the checkpoint: it holds {sorted(map(str, checkpoint))[:10]}")
-    if all(k.startswith("module.") for k in state):
-        state = {k.removeprefix("module."): v for k, v in state.items()}
-    return state
+def stored_config(path) -> dict:
+    """The model section in one of our checkpoints; of another file the `cfg.yaml` beside it; {} where there is neither."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # the tensors are not read
+        if section := content.get("model_config"):
+            return section
+    except Exception:  # a form that `load_weights` knows, and that is none of ours
+        pass
+    beside = Path(path).parent / "cfg.yaml"
+    return read(beside) if beside.is_file() else {}
 
 
 def model_options(config: Mapping, state: Mapping[str, Tensor] | None = None) -> tuple[dict, list[str]]:
@@ -42,6 +41,9 @@ def model_options(config: Mapping, state: Mapping[str, Tensor] | None = None) ->
         raise ValueError(f"n_downsample {config['n_downsample']}: the network works at a quarter of the size, only 2 is possible")
     if state is None:
         return options, notes
+    if LOOKUP_KERNEL not in state:
+        remedy = "Depth Anything's weights go to vit_checkpoint, EdgeNeXt's to cnn_checkpoint"
+        raise ValueError(f"not a FoundationStereo checkpoint, it lacks {LOOKUP_KERNEL}; {remedy}")
     options["vit_size"] = VIT_SIZES[state[PATCH_KERNEL].shape[0]] if PATCH_KERNEL in state else None
     if config.get("vit_size", options["vit_size"]) != options["vit_size"]:
         notes.append(f"model.vit_size {config['vit_size']} gives way to the checkpoint's {options['vit_size']}")
@@ -55,36 +57,12 @@ def model_options(config: Mapping, state: Mapping[str, Tensor] | None = None) ->
     return options, notes
 
 
-def load_by_name(module: nn.Module, state: Mapping[str, Tensor], ignore: str = "", strict: bool = True) -> tuple[list, list]:
-    """Load `state` into `module`; returns (missing, unexpected) names.
-
-    ignore: pattern of names in `state` that are dropped. Shapes must agree; if `strict` names must, too: RuntimeError
-    listing everything that does not fit.
-    """
-    own = module.state_dict()
-    state = {k: v for k, v in state.items() if not (ignore and re.match(ignore, k))}
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    differ = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in differ]
-    if shapes or (strict and (missing or unexpected)):
-        raise RuntimeError(
-            f"weights do not fit the model: missing {missing}, unexpected {unexpected}, other shapes {shapes}"
-        )
-    module.load_state_dict(state, strict=False)
-    return missing, unexpected
-
-
-def load_stereo(model: nn.Module, checkpoint: Mapping, strict: bool = True) -> tuple[list, list]:
-    """Load a FoundationStereo checkpoint, published or ours."""
-    return load_by_name(model, unwrap(checkpoint), strict=strict)
-
-
-def load_depth_anything(model: nn.Module, checkpoint: Mapping) -> None:
+def load_depth_anything(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load `depth_anything_v2_{vits,vitb,vitl}.pth` (names pretrained.*, depth_head.*) into the monocular branch."""
-    load_by_name(model.feature.dino.depth_anything, unwrap(checkpoint))
+    apply_weights(model.feature.dino.depth_anything, state)
 
 
-def load_edgenext(model: nn.Module, checkpoint: Mapping) -> None:
+def load_edgenext(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load the ImageNet weights "edgenext_small.usi_in1k" (names stem.*, stages.*, head.*) into the convolutional pyramid."""
     pyramid = nn.ModuleDict({"stem": model.feature.stem, "stages": model.feature.stages})
-    load_by_name(pyramid, unwrap(checkpoint), ignore=r"head\.")
+    apply_weights(pyramid, {name: value for name, value in state.items() if not name.startswith("head.")})

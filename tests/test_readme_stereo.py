@@ -132,5 +132,5 @@ def test_averaged_weights_load_like_plain_ones(place, tmp_path):
     with pytest.raises(SystemExit, match=r"other\.pt"):
         load_model(tmp_path / "other.pt", torch.device("cpu"))
     (tmp_path / "half.pt").write_bytes(b"PK\x03\x04 not whole")
-    with pytest.raises(SystemExit, match=r"half\.pt: not a checkpoint"):
+    with pytest.raises(SystemExit, match=r"cannot read weights from .*half\.pt"):
         load_model(tmp_path / "half.pt", torch.device("cpu"))

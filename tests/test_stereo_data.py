@@ -1,6 +1,8 @@
 """Stereo data: readers of every form, the augmentations against the ray-caster's exact truth, sampling, bad input."""
 
 import json
+import re
+import shutil
 
 import cv2
 import numpy as np
@@ -97,8 +99,6 @@ def test_mirroring_the_left_disparity_would_be_wrong(truth):
     assert np.array_equal(left, truth["right"][:, ::-1]) and np.array_equal(disparity, truth["d_right"][:, ::-1])
     wrong = truth["d"][:, ::-1].copy()
     assert mismatch(left, right, disparity, seen & (disparity > 0)) < 0.7 * mismatch(left, right, wrong, seen & (wrong > 0))
-    mirrored = augment.flip_views(truth["left"], truth["right"], truth["d_right"])
-    assert all(np.array_equal(a, b) for a, b in zip(mirrored, (left, right, disparity)))
 
 
 def test_random_textures_match_everywhere():
@@ -228,9 +228,10 @@ def test_epochs_and_shares_of_several_sets(pairs):
     two = make_sources(
         [
             {"path": str(pairs / "train"), "name": "a", "weight": 3},
-            {"path": str(pairs / "val"), "name": "b", "label_type": "invalid"},
+            {"path": str(pairs / "val"), "name": "b", "label_type": "invalid", "weight": 1},
         ]
     )
+    assert sources(pairs / "train")[0].weight == 2  # the square root of 4 pairs
     dataset = StereoDataset(two, 0, [[64, 64]], labels=["stereo", "invalid"])
     drawn = [dataset.choose(p, 0, None) for p in range(4000)]
     names = [f"{source.name}/{pair.name}" for source, pair in drawn]
@@ -315,7 +316,12 @@ def write_set(kind, root, left, right, d):
         case "sintel":
             code = np.rint(d.astype(np.float64) * 16384).astype(np.int64)
             rgb = np.stack([code // 65536, code // 256 % 256, code % 256], -1).astype(np.uint8)
+            rgb[:3] = 20
             write_png16(folder / "training/disparities/alley/frame_0001.png", rgb)
+            for hidden, rows in (("occlusions", slice(0, 2)), ("outofframe", slice(2, 3))):
+                mask = np.zeros(d.shape, np.uint8)
+                mask[rows] = 255
+                write_image(folder / "training" / hidden / "alley/frame_0001.png", mask)
             return 1 / 16384
         case "fallingthings":
             put(
@@ -361,7 +367,7 @@ def test_every_form_is_found_and_decoded(kind, tmp_path):
     step = write_set(kind, tmp_path, left, right, d)
     for form in ("auto", KINDS.get(kind, kind)):
         (pair,) = list_pairs(tmp_path, form)
-        got = read_disparity(pair.disparity, pair.codec)
+        got = read_disparity(pair.disparity, pair.codec, pair.hidden)
         assert got.dtype == np.float32 and np.array_equal(got > 0, d > 0) and np.abs(got - d).max() <= 0.51 * step + 1e-5
     if pair.left.suffix == ".png":
         assert all(np.array_equal(a, b) for a, b in zip(read_views(pair), (left, right)))
@@ -369,7 +375,7 @@ def test_every_form_is_found_and_decoded(kind, tmp_path):
         assert np.array_equal(read_mask(pair), d > 12)
     if kind == "middlebury2014":
         camera = read_calibration(pair.calibration)
-        assert camera == {"fx": 994.978, "cx": 311.193, "cy": 254.877, "baseline": 0.193001, "doffs": 31.086}
+        assert camera == {"fx": 994.978, "fy": 994.978, "cx": 311.193, "cy": 254.877, "baseline": 0.193001, "doffs": 31.086}
     if kind == "sceneflow":
         assert np.array_equal(read_disparity(pair.right_disparity, pair.codec), d)
     exact = lambda left, right, truth, mask: np.where(mask, truth, 0)
@@ -379,17 +385,45 @@ def test_every_form_is_found_and_decoded(kind, tmp_path):
     assert scores["shifted"]["per_pixel"]["epe"] == pytest.approx(1.5, abs=1e-4) and scores["shifted"]["per_image"]["bp2"] == 0
     counted = d > 12 if pair.mask else d > 0
     assert scores["exact"]["count"] == {"images": 1, "pixels": counted.sum()}
-    sample = StereoDataset(
-        make_sources([{"path": str(tmp_path), "format": KINDS.get(kind, kind), "image_augmentation": list(AUGMENTATIONS)}]),
-        0,
-        [[64, 64]],
-    ).read(0)
-    assert sample["disparity_mask"].any()
+    dataset = StereoDataset(sources(tmp_path, image_augmentation=list(AUGMENTATIONS)), 0, [[64, 64]])
+    assert dataset.sources[0].sparse == kind.startswith("kitti")
+    assert dataset.read(0)["disparity_mask"].any()
+    if kind == "sintel":
+        plain = StereoDataset(sources(tmp_path), 0, [[64, 64]]).read(0)
+        assert plain["disparity"].max() < 60  # the rows that the masks hide have 80 px, 214 at this size
+
+
+def test_the_test_part_of_sceneflow_is_for_evaluation(tmp_path):
+    left, right, d = scene(np.random.default_rng(0))
+    write_set("sceneflow", tmp_path, left, right, d)
+    for kind in ("frames_finalpass", "disparity"):
+        shutil.copytree(tmp_path / kind / "TRAIN", tmp_path / kind / "TEST")
+    names = lambda **options: [pair.name for source in [sources(tmp_path, **options)[0]] for pair in source.pairs]
+    train, test = "frames_finalpass/TRAIN/A/0000/0006", "frames_finalpass/TEST/A/0000/0006"
+    assert names() == [train] and names(split="test") == [test] and names(split="all") == [test, train]
+    shutil.rmtree(tmp_path / "frames_finalpass/TRAIN")
+    with pytest.raises(ValueError, match="only SceneFlow's TEST part"):
+        sources(tmp_path)
+
+
+def test_negative_disparities_are_known_to_sceneflow_only():
+    raw = np.float32([[-3, 2, np.nan, -np.inf]])
+    assert decode_disparity(raw, "pfm").tolist() == [[3, 2, 0, 0]]
+    assert decode_disparity(raw, "value").tolist() == [[0, 2, 0, 0]] and decode_disparity(raw, "div:2").tolist() == [[0, 1, 0, 0]]
+
+
+def test_linked_scenes_are_found_once_and_loops_end(good, tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a").symlink_to(good)
+    (tmp_path / "root" / "b").symlink_to(good)
+    (good / "back").symlink_to(tmp_path / "root")
+    assert [pair.name for pair in list_pairs(tmp_path / "root")] == ["a/0000", "a/0001", "a/0002"]
 
 
 def test_calibration_files(tmp_path):
-    (tmp_path / "K.txt").write_text("754.6 0.0 489.3 0.0 754.6 265.1 0.0 0.0 1.0\n0.063\n")
-    assert read_calibration(tmp_path / "K.txt") == {"fx": 754.6, "cx": 489.3, "cy": 265.1, "baseline": 0.063, "doffs": 0.0}
+    (tmp_path / "K.txt").write_text("754.6 0.0 489.3 0.0 750.5 265.1 0.0 0.0 1.0\n0.063\n")
+    want = {"fx": 754.6, "fy": 750.5, "cx": 489.3, "cy": 265.1, "baseline": 0.063, "doffs": 0.0}
+    assert read_calibration(tmp_path / "K.txt") == want
     (tmp_path / "calib.json").write_text('{"0001": {"fx": 100, "baseline": 0.2}}')
     assert read_calibration(tmp_path / "calib.json", "0001")["baseline"] == 0.2
     for name, text in (
@@ -407,7 +441,11 @@ def test_calibration_files(tmp_path):
 def test_convert_and_check_commands(tmp_path):
     left, right, d = scene(np.random.default_rng(1))
     write_set("middlebury2014", tmp_path / "in", left, right, d)
-    assert convert(tmp_path / "in", tmp_path / "out") == 1
+    shutil.copytree(tmp_path / "in" / "scene", tmp_path / "in" / "broken")
+    (tmp_path / "in" / "broken" / "im1.png").write_bytes(b"")
+    bad, total = convert(tmp_path / "in", tmp_path / "out")
+    assert len(bad) == 1 and "broken/im1.png" in bad[0] and total == 2
+    assert (tmp_path / "out" / "names.txt").read_text() == "000001,scene\n"
     (pair,) = list_pairs(tmp_path / "out", "folder")
     assert np.abs(read_disparity(pair.disparity, pair.codec) - d).max() <= 0.0006 and np.array_equal(read_views(pair)[0], left)
     output = run("stereo/dataset.py", "--check", tmp_path / "out", "--out", tmp_path / "sheet.png")
@@ -470,12 +508,14 @@ def test_a_bad_pair_is_named_replaced_and_counted(good, what):
     named = [reason for sample in samples for reason in sample["bad"]]
     assert named and all("0001" in reason for reason in named)
     assert all(sample["disparity_mask"].any() for sample in samples)
-    score = lambda: evaluate({"half": lambda left, right, truth, mask: truth / 2}, [pair])["half"]
+    whole = dataset.sources[0].pairs
+    score = lambda: evaluate({"half": lambda left, right, truth, mask: truth / 2}, whole)["half"]
     if what == "invalid":  # nothing to score: such an image counts for nothing
-        assert score()["count"] == {"images": 0, "pixels": 0} and np.isnan(score()["per_image"]["epe"])
+        assert score()["count"]["images"] == 2 and score()["bad"] == {}
+        assert np.isnan(evaluate({"any": lambda left, right, truth, mask: truth}, [pair])["any"]["per_image"]["epe"])
     elif what != "code":  # a wrong code of a plausible size cannot be told from one pair in evaluation
-        with pytest.raises((ValueError, OSError), match=message):
-            score()
+        assert list(score()["bad"]) == ["0001"] and re.search(message, score()["bad"]["0001"])
+        assert score()["count"]["images"] == 2  # the others count
     bad, total = check(good, out=good / "sheet.png")
     assert total == 3 and len(bad) == 1 and "0001" in bad[0]
 
@@ -514,7 +554,13 @@ def test_a_folder_that_cannot_be_used_is_refused_at_once(good, change, message):
         ({"wieght": 2}, "did you mean 'weight'"),
         ({"format": "kity"}, "unknown format 'kity'"),
         ({"image_augmentation": ["jiterring"]}, "unknown augmentation 'jiterring'"),
-        ({"weight": -1}, "negative"),
+        ({"weight": -1}, "0 or more"),
+        ({"sparse": "maybe"}, "sparse 'maybe' must be true, false or null"),
+        ({"mask": "noc"}, "mask 'noc' must be all, or noc where"),
+        ({"split": "val"}, "split 'val'"),
+        ({"codec": "fds"}, "unknown disparity code 'fds'"),
+        ({"codec": "div:abc"}, "abc"),
+        ({"codec": "div:0"}, "must be positive"),
         ({"jitter": "wild"}, "mild or raft"),
     ],
 )
@@ -530,6 +576,10 @@ def test_sizes_and_labels_are_checked(good):
         StereoDataset(sources(good, label_type="depth"), 0, [[64, 64]])
     with pytest.raises(ValueError, match="image_sizes, or area_range"):
         StereoDataset(sources(good), 0, None)
+    with pytest.raises(ValueError, match="set image_sizes null"):
+        StereoDataset(sources(good), 0, [[64, 64]], area_range=[6000, 9000], aspect_ratio_range=[0.8, 2])
+    with pytest.raises(ValueError, match=r"list of \[width, height\]"):
+        StereoDataset(sources(good), 0, [64, 64])
     dataset = StereoDataset(sources(good), 0, None, area_range=[6000, 9000], aspect_ratio_range=[0.8, 2])
     sizes = {dataset.size_at(step) for step in range(30)}
     assert len(sizes) > 1 and all(h % 32 == 0 == w % 32 for h, w in sizes)

@@ -1,6 +1,7 @@
 """The stereo network's parts against plain formulas, and what its training relies on."""
 
 import copy
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from runs import run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.checkpoint import load_weights
 from stereo import blocks, codec, cost_volume, ema, gru, loss, metrics, schedule, weights
 from stereo.aggregation import AxialPlanarConv, DisparityTransformer
 from stereo.depth_anything import two_resizes
@@ -236,7 +238,7 @@ def test_cost_volumes(n_disp):
     torch.testing.assert_close(cost_volume.group_correlation(left, right, n_disp, 8), want)
     torch.testing.assert_close(cost_volume.shifted_planes(right, n_disp), moved)
     stem = randomise(cost_volume.CostStem(8, 16, 8)).eval()
-    plain = stem[0](torch.cat([want, cost_volume.concat_volume(left, right, n_disp)], 1))
+    plain = stem[0](torch.cat([want, left.unsqueeze(2).expand(-1, -1, n_disp, -1, -1), moved], 1))
     for unit in list(stem)[1:]:
         plain = unit(plain)
     torch.testing.assert_close(stem(want, left, right), plain, atol=1e-5, rtol=1e-5)
@@ -507,8 +509,6 @@ def test_codecs_round_trip_and_refuse():
     assert np.array_equal(codec.decode_fsd(swapped, "GRB"), codec.decode_fsd(codec.encode_fsd(disp)))
     with pytest.raises(ValueError, match="uint8"):
         codec.decode_fsd(np.zeros((4, 4), np.uint16))
-    with pytest.raises(ValueError, match="16-bit"):
-        codec.decode_kitti(np.zeros((4, 4), np.uint8))
     colour = np.random.default_rng(0).standard_normal((3, 5, 3)).astype(np.float32)
     assert np.array_equal(codec.decode_pfm(codec.encode_pfm(colour)), colour)
     wrong = {"truncated": codec.encode_pfm(colour)[:-4], "not a PFM": b"P6\n2 2\n255\n1\n", "incomplete": b"Pf\n2"}
@@ -520,11 +520,11 @@ def test_codecs_round_trip_and_refuse():
 def test_schedule_expressions():
     assert schedule.evaluate("Piecewise((1.0, epoch < 10), (0.1 * cos(pi), True))", 10) == pytest.approx(-0.1)
     assert schedule.evaluate("-2 ** 2 + max(epoch, 3) / sqrt(4)", 5) == pytest.approx(-1.5)
-    for bad in ("__import__('os')", "epoch.real", "lambda: 1", "step", "epoch +", "1 / 0", "9 ** 9 ** 9 ** 9", "(1, 2)"):
+    wrong = ("__import__('os')", "epoch.real", "lambda: 1", "step", "epoch +", "1 / 0", "9 ** 9 ** 9 ** 9", "(1, 2)", "epoch is 1")
+    for bad in (*wrong, "epoch not in 1"):
         with pytest.raises(ValueError, match="schedule"):
             schedule.evaluate(bad, 1)
-    assert schedule.lr_lambda(["epoch", "epoch"], 7, (5,)) == 7
-    assert schedule.lr_lambda(["epoch", "epoch"], 7, (5,), restart=True) == 2
+    assert schedule.evaluate("epoch / steps", 5, 20) == 0.25
 
 
 def test_ema_shares_frozen_weights_and_copies_buffers():
@@ -539,23 +539,32 @@ def test_ema_shares_frozen_weights_and_copies_buffers():
     assert torch.equal(average[1].running_mean, model[1].running_mean) and not average.training
 
 
-def test_published_weights():
+def test_published_weights(tmp_path):
     model = tiny()
     state = {f"module.{k}": torch.randn(v.shape) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    assert weights.load_stereo(model, {"model": state, "global_step": 3}) == ([], [])
-    assert torch.equal(model.proj_cmb.weight, state["module.proj_cmb.weight"])
-    inner = weights.unwrap({"state_dict": state})
-    config = {"corr_levels": 4, "feature_type": "dinov2", "notes": "x", "volume_dim": 8}
+    torch.save({"model": state, "global_step": 3}, tmp_path / "model_best_bp2.pth")
+    (tmp_path / "cfg.yaml").write_text("corr_levels: 4\nfeature_type: dinov2\nnotes: x\nvolume_dim: 8\n")
+    inner, config = load_weights(tmp_path / "model_best_bp2.pth"), weights.stored_config(tmp_path / "model_best_bp2.pth")
     with pytest.raises(ValueError, match="checkpoint has corr_levels=2"):
         weights.model_options(config, inner)
     options, notes = weights.model_options({**config, "corr_levels": 2}, inner)
     assert options == {"corr_levels": 2, "volume_dim": 8, "vit_size": None} and notes == ["model.feature_type has no effect"]
-    short = {k: v for k, v in inner.items() if k != "proj_cmb.bias"} | {"extra": torch.zeros(1)}
-    with pytest.raises(RuntimeError, match=r"missing \['proj_cmb.bias'\], unexpected \['extra'\]"):
-        weights.load_stereo(model, short)
-    assert weights.load_stereo(model, short, strict=False) == (["proj_cmb.bias"], ["extra"])
+    torch.save({"model": state, "model_config": options}, tmp_path / "00000001.pt")
+    assert weights.stored_config(tmp_path / "00000001.pt") == options  # ours needs no cfg.yaml
     edgenext = {k.removeprefix("feature."): torch.zeros_like(v) for k, v in inner.items() if k.startswith(("feature.st",))}
+    with pytest.raises(ValueError, match=r"not a FoundationStereo checkpoint.*cnn_checkpoint"):
+        weights.model_options({}, edgenext)
     weights.load_edgenext(model, edgenext | {"head.fc.weight": torch.zeros(2)})
     assert model.feature.stem[0].weight.abs().sum() == 0
-    with pytest.raises(ValueError, match="no weights"):
-        weights.unwrap({"epoch": 3})
+    with pytest.raises(ValueError, match="missing"):
+        weights.load_edgenext(model, dict(list(edgenext.items())[1:]))
+
+
+def test_group_correlation_without_gradient_goes_by_rows():
+    left, right = torch.randn(2, 1, 16, 40, 160, generator=torch.Generator().manual_seed(0))
+    whole = cost_volume.group_correlation(left, right, 8, 8)
+    products = []
+    with torch.no_grad(), mock.patch.object(torch.Tensor, "__matmul__", lambda a, b: products.append(a.shape) or torch.matmul(a, b)):
+        rows = cost_volume.group_correlation(left, right, 8, 8)
+    torch.testing.assert_close(rows, whole, rtol=1e-6, atol=1e-6)
+    assert [shape[2] for shape in products] == [20, 20]

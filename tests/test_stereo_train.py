@@ -272,10 +272,11 @@ def test_a_step_feeds_0_to_255_scores_the_last_map_and_gives_up_on_lasting_nan(p
 
     torch.manual_seed(0)
     model = FoundationStereo(vit_size=None, max_disp=32, hidden_dims=(16,) * 3, n_gru_layers=2, volume_dim=8).train()
-    seen = []
+    seen, outputs = [], []
     model.register_forward_pre_hook(lambda module, images: seen.append(images))
+    model.register_forward_hook(lambda module, images, out: outputs.append(out))
     loss = {"stereo": {"l1": {"function": "disparity_l1_loss"}}}
-    cfg = SimpleNamespace(loss=loss, train_iters=2, grad_clip=1.0, batch_size_forward=1, lr_scheduler=None, ema_decay=0.9)
+    cfg = SimpleNamespace(loss=loss, train_iters=2, grad_clip=0, batch_size_forward=1, lr_scheduler=None, num_iterations=9)
     optimizer = recipe.make_optimizer(model, {"params": [{"lr": 1e-3}]})
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     sources = train.make_sources([{"path": pairs / "train"}])
@@ -283,15 +284,15 @@ def test_a_step_feeds_0_to_255_scores_the_last_map_and_gives_up_on_lasting_nan(p
     keys = ("left_image", "right_image", "disparity", "disparity_mask")
     batch = {key: torch.from_numpy(sample[key])[None] for key in keys} | {"label": torch.tensor([0])}
     guard = StepGuard(model, 2, say=print)
-    step = lambda number: train.train_step(model, model, None, [batch], optimizer, scaler, guard, cfg, None, number, 32)
+    step = lambda number: train.train_step(model, model, None, [batch] * 2, optimizer, scaler, guard, cfg, None, number, 32)
     out = step(0)
     left, right = seen[0]
     assert left.shape == right.shape == (1, 3, 64, 96) and 100 < left.max() <= 255 and left.dtype == torch.float32
-    final, start, truth, mask = out["maps"]
-    assert final.shape == truth.shape == (1, 64, 96) and start.shape == (1, 1, 16, 24)
-    assert torch.allclose(out["logged"]["loss"], (final - truth).abs()[mask].mean())
-    logged = train.batch_metrics(out["maps"])
-    assert torch.allclose(logged["metric/epe"], out["logged"]["loss"]) and logged["metric/init_epe"] != logged["metric/epe"]
+    for output, logged in zip(outputs, out["logs"], strict=True):  # two micro-batches, apart by dropout
+        final, start = output["preds"][-1].squeeze(1), output["init"]
+        assert final.shape == (1, 64, 96) and start.shape == (1, 1, 16, 24)
+        assert torch.allclose(logged["loss/loss"], (final - batch["disparity"]).abs()[batch["disparity_mask"]].mean())
+        assert torch.allclose(logged["metric/epe"], logged["loss/loss"]) and logged["metric/init_epe"] != logged["metric/epe"]
     batch["disparity"] = torch.full_like(batch["disparity"], torch.inf)
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(NonFinite):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from stereo import augment, codec, cost_volume, ema, loss, metrics, schedule
+from stereo import augment, codec, cost_volume, ema, loss, metrics, recipe, spatial
 from stereo.aggregation import DisparityTransformer, sinusoid
 from stereo.depth_anything import FrozenDepthAnything, vit_input_size
+from stereo.formats import decode_disparity
 from stereo.gru import SelectiveGRU
 from stereo.model import GROUPS, FoundationStereo, convex_upsample, hierarchical, pad, padding, unpad
 
@@ -99,6 +100,11 @@ def check_state_dict(name, table):
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == table
 
 
+def concatenation(left, right, n_disp):
+    """The volume that CostStem never builds: left everywhere, right moved by the disparity."""
+    return torch.cat([left.unsqueeze(2).expand(-1, -1, n_disp, -1, -1), cost_volume.shifted_planes(right, n_disp)], 1)
+
+
 def check_forward(case, arrays):
     model = build(case)
     left, right = case_input(case, arrays, "left"), case_input(case, arrays, "right")
@@ -115,7 +121,7 @@ def check_forward(case, arrays):
         out = model(left, right, iters=case["iters"], every_iteration=True)
         f4 = seen["feature.conv4"].chunk(2)
         correlation = cost_volume.group_correlation(*f4, case["config"]["max_disp"] // 4, GROUPS)
-        volume = torch.cat([correlation, cost_volume.concat_volume(*projected, correlation.shape[2])], 1)
+        volume = torch.cat([correlation, concatenation(*projected, correlation.shape[2])], 1)
     got = seen | {k: seen[v] for k, v in special.items()} | {"input_left": left, "input_right": right}
     got |= {"cost_volume": volume, "geo_feat_iter0": inner[0], "init_disp": out["init"]}
     got |= {f"disp_{i}": d for i, d in enumerate(out["preds"])}
@@ -244,7 +250,7 @@ def part_cost_volume(s):
     left, right, n = s.x("left"), s.x("right"), s.case["n_disp"]
     s.check("gwc", cost_volume.group_correlation(left, right, n, s.case["groups"]))
     c = s.case["concat_channels"]
-    s.check("concat", cost_volume.concat_volume(left[:, :c], right[:, :c], n))
+    s.check("concat", concatenation(left[:, :c], right[:, :c], n))
 
 
 def part_disp_transformer(s):
@@ -403,8 +409,8 @@ def part_kitti_png(s):
     if "disp" in s.case:
         assert codec.encode_kitti(np.array([s.case["disp"]]))[0].tolist() == s.case["uint16"]
     if "read_uint16" in s.case:
-        disp, valid = codec.decode_kitti(np.uint16(s.case["read_uint16"]))
-        assert disp.tolist() == s.case["read_disp"] and valid.tolist() == s.case["read_valid"]
+        disp = decode_disparity(np.uint16(s.case["read_uint16"]), "div:256")
+        assert disp.tolist() == s.case["read_disp"] and (disp > 0).tolist() == s.case["read_valid"]
 
 
 def part_schedules(s):
@@ -412,13 +418,17 @@ def part_schedules(s):
         steps = {int(k): v for k, v in s.case[series].items() if k.isdigit()}
         assert steps
         for step, want in steps.items():
+            part = lambda rule: {"type": "LambdaLR", "params": {"lr_lambda": rule}}
             if "max_lr" in spec:
-                options = {k: v for k, v in spec.items() if k != "cycle_momentum"}
-                got = schedule.one_cycle(step, **options)
+                section = {"type": "OneCycleLR", "params": spec}
+            elif "milestones" in spec:
+                params = {"schedulers": [part(rule) for rule in spec["lr_lambda"]], "milestones": spec["milestones"]}
+                params["sequential_restart"] = spec["epoch"] == "as torch SequentialLR counts"
+                section = {"type": "SequentialLR", "params": params}
             else:
-                restart = spec.get("epoch") == "as torch SequentialLR counts"
-                milestones = spec.get("milestones", ())
-                got = spec["base_lr"] * schedule.lr_lambda(spec["lr_lambda"], step, milestones, restart)
+                section = part(spec["lr_lambda"])
+            base = spec.get("base_lr", spec.get("max_lr"))
+            got = base * recipe.lr_factor(section, step, base)
             assert got == pytest.approx(want, rel=1e-9, abs=1e-18), f"{series} at {step}"
 
 
@@ -443,8 +453,10 @@ def part_right_disparity(s):
     right = augment.right_view_disparity(left)
     assert np.array_equal(right, np.float32(s.case["right_disp"]))
     images = np.random.default_rng(0).integers(0, 256, (2, *left.shape, 3), np.uint8)
-    new_left, new_right, flipped = augment.flip_views(images[0], images[1], right)
-    assert np.array_equal(flipped, np.float32(s.case.get("flipped_left_disp", flipped)))
+    view = spatial.draw_view(np.random.default_rng(0), left.shape, left.shape, (1.0, 1.0), mirror=True)
+    new_left, new_right = (spatial.warp_image(image, view, left.shape) for image in images[::-1])
+    flipped = right[np.ix_(*spatial.nearest(view, left.shape, left.shape))]
+    assert view.swapped and np.array_equal(flipped, np.float32(s.case.get("flipped_left_disp", flipped)))
     assert np.array_equal(new_left, images[1][:, ::-1]) and np.array_equal(new_right, images[0][:, ::-1])
 
 
