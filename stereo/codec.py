@@ -1,8 +1,15 @@
-"""Disparity codecs between arrays and the bytes or integers of files. Pure functions, no file access.
+"""Disparity codecs between arrays and the bytes or integers of files, as pure functions; and one file from one form to another.
+
+    python stereo/codec.py disparity.npy coded.png          encode: from any form of stereo/formats.py to a .png
+    python stereo/codec.py coded.png disparity.pfm          decode: to .pfm or .npy (--codec: how the first file is coded)
 
 fsd: three-channel 8-bit PNG of the FoundationStereo data set, base 255. pfm: Middlebury, ETH3D, SceneFlow. kitti: 16-bit
-PNG, 256 steps per pixel. In all of them disparities are in pixels.
+PNG, 256 steps per pixel. In all of them disparities are in pixels. `stereo/dataset.py --convert` takes whole sets.
 """
+
+import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -68,3 +75,34 @@ def encode_kitti(disp: np.ndarray) -> np.ndarray:
     valid = np.isfinite(disp) & (disp > 0)
     code = np.floor(256 * np.where(valid, disp, 0) + 0.5).clip(1, 65535)
     return np.where(valid, code, 0).astype(np.uint16)
+
+
+def main() -> None:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of stereo/
+    from common.io import write_png16
+    from stereo.formats import check_codec, read_disparity
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--codec", help="of the source; default: fsd for .png, else value")
+    args = parser.parse_args()
+    try:
+        codec = args.codec or ("fsd" if args.source.suffix == ".png" else "value")
+        check_codec(codec)
+        disparity = read_disparity(args.source, codec)
+        match args.target.suffix:
+            case ".png":
+                write_png16(args.target, encode_fsd(disparity))
+            case ".pfm":
+                args.target.write_bytes(encode_pfm(np.where(disparity > 0, disparity, np.inf)))
+            case ".npy":
+                np.save(args.target, disparity)
+            case suffix:
+                raise ValueError(f"{args.target}: '{suffix}' must be .png, .pfm or .npy")
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

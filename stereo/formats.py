@@ -116,6 +116,17 @@ def decode_disparity(raw: np.ndarray, codec: str) -> np.ndarray:
     return values
 
 
+def check_codec(codec: str) -> None:
+    """ValueError for a code that `decode_disparity` does not know: it is tried on one pixel."""
+    try:
+        with np.errstate(divide="ignore"):
+            one = decode_disparity(np.ones((1, 1, 3), np.uint8), codec)
+        if not 0 < one.min() <= one.max() < np.inf:
+            raise ValueError("its number must be positive")
+    except ValueError as error:
+        raise ValueError(f"codec '{codec}': {error}") from None
+
+
 def read_disparity(path: Path, codec: str, hidden: tuple[Path, ...] = ()) -> np.ndarray:
     """The whole disparity map (H, W) float32 of a file, 0 where there is none or a mask of `hidden` is not 0."""
     return decode_disparity(load_raw(path, codec, hidden), codec)
@@ -366,10 +377,7 @@ def list_pairs(root, format: str = "auto", codec: str = "", truth: bool = True, 
     if split not in ("all", "train", "test"):
         raise ValueError(f"split '{split}' of {root} must be all, train or test")
     if codec:
-        with np.errstate(divide="ignore"):
-            one = decode_disparity(np.ones((1, 1, 3), np.uint8), codec)  # a misspelt one shows now
-        if not 0 < one.min() <= one.max() < np.inf:
-            raise ValueError(f"codec '{codec}' of {root}: its number must be positive")
+        check_codec(codec)
     found = {}
     for kind in LISTS if format == "auto" else [format]:
         if pairs := LISTS[kind](root, codec):

@@ -100,6 +100,7 @@ def test_point_cloud_of_a_plane_and_its_outliers():
     points, colours = point_cloud(depth, image, camera)
     assert len(points) == 48 * 64 - 2 == len(colours)
     assert np.allclose(points[-1], [(63 - 31.5) / 100, (47 - 23.5) / 100, 1.0], atol=1e-6)
+    assert np.allclose(point_cloud(depth, image, camera | {"fy": 50.0})[0][-1], [0.315, 0.47, 1.0], atol=1e-6)
     assert len(point_cloud(depth, image, camera, z_far=1.5)[0]) == len(points) - 1
     assert len(point_cloud(depth, image, camera, neighbours=3, radius=0.03)[0]) == len(points) - 1  # the lone point behind the plane
 
@@ -130,6 +131,9 @@ def test_averaged_weights_load_like_plain_ones(place, tmp_path):
 
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(SystemExit, match=r"other\.pt"):
+        load_model(tmp_path / "other.pt", torch.device("cpu"))
+    (tmp_path / "cfg.yaml").write_text("max_disp: [")
+    with pytest.raises(SystemExit, match=r"cfg\.yaml"):
         load_model(tmp_path / "other.pt", torch.device("cpu"))
     (tmp_path / "half.pt").write_bytes(b"PK\x03\x04 not whole")
     with pytest.raises(SystemExit, match=r"cannot read weights from .*half\.pt"):

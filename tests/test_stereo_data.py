@@ -448,6 +448,10 @@ def test_convert_and_check_commands(tmp_path):
     assert (tmp_path / "out" / "names.txt").read_text() == "000001,scene\n"
     (pair,) = list_pairs(tmp_path / "out", "folder")
     assert np.abs(read_disparity(pair.disparity, pair.codec) - d).max() <= 0.0006 and np.array_equal(read_views(pair)[0], left)
+    (coded,), plain = (tmp_path / "out/left/disparity").iterdir(), tmp_path / "plain.npy"
+    run("stereo/codec.py", coded, plain)
+    run("stereo/codec.py", plain, tmp_path / "again.png")
+    assert np.array_equal(np.load(plain), read_disparity(coded, "fsd")) and (tmp_path / "again.png").read_bytes() == coded.read_bytes()
     output = run("stereo/dataset.py", "--check", tmp_path / "out", "--out", tmp_path / "sheet.png")
     assert "0 of 1 pairs cannot be used" in output and cv2.imread(str(tmp_path / "sheet.png")) is not None
 

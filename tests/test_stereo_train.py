@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +10,14 @@ import pytest
 import torch
 from runs import ROOT, checkpoint, generated, metrics, run, run_until_sigterm, same_end
 
-from common.io import write_image
+from common import dist
+from common.config import read
+from common.io import read_image, write_image
 from stereo import recipe
+from stereo.averages import Averages
+from stereo.codec import encode_pfm
 from stereo.ema import make_ema, update_ema
-from stereo.formats import read_disparity
+from stereo.formats import list_pairs, read_disparity, read_views
 from stereo.model import FoundationStereo
 
 TINY = (
@@ -78,15 +83,22 @@ def test_stopped_and_resumed_run_is_bit_identical(tiny, tmp_path, straight):
     assert not torch.equal(averaged["spx_gru.0.weight"], plain["spx_gru.0.weight"])
 
 
-def test_two_ranks_train_on_the_samples_of_one_and_back(tiny, tmp_path, straight):
-    """1 a rank x 2 ranks are the 2 micro-batches of one rank: only dropout and the batch norms' statistics differ."""
-    output = run(*tiny("two", "--max_steps", "2"), ranks=2)
-    assert "1 a rank x 1 micro-batches x 2 ranks = 2 pairs a step" in output
-    a, b = metrics(straight)[1], metrics(tmp_path / "two")[1]
-    assert (
-        abs(a["loss/loss"] - b["loss/loss"]) < 0.1 * a["loss/loss"] and a["loss/sequence.n_valid"] == b["loss/sequence.n_valid"]
+def test_two_ranks_train_on_the_samples_of_one_and_back(tiny, tmp_path):
+    """1 a rank x 2 ranks are the 2 micro-batches of one rank, where neither dropout nor the batch norms' statistics differ."""
+    script, parts = tmp_path / "without_dropout.py", ("--gradient_accumulation_steps", "2")
+    script.write_text(
+        "import runpy, torch\ntorch.nn.Dropout.forward = lambda self, x: x\nrunpy.run_path('stereo/train.py', run_name='__main__')\n"
     )
-    assert "resumed at step 2" in run(*tiny("two", "--gradient_accumulation_steps", "2", "--max_steps", "3"))
+    args = lambda name: (*tiny(name, "--max_steps", "2", "--bn", "frozen", "--enable_mixed_precision", "false")[1:], "--amp_dtype", "bf16")
+    run(script, *args("one"), *parts)
+    output = run(script, *args("two"), ranks=2)
+    assert "1 a rank x 1 micro-batches x 2 ranks = 2 pairs a step" in output and "amp None" in output
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for step in (1, 2):
+        keys = [key for key in one[step] if key.startswith(("loss/", "metric/", "train/grad_norm"))]
+        assert len(keys) > 12 and {key: two[step][key] for key in keys} == pytest.approx({key: one[step][key] for key in keys}, rel=1e-5)
+    output = run(*tiny("two", *parts, "--max_steps", "9", "--max_steps_per_run", "1"))
+    assert "resumed at step 2" in output and max(metrics(tmp_path / "two")) == 3 == checkpoint(tmp_path / "two", 3, "optimizer")["step"]
 
 
 def test_users_command_pictures_and_tensorboard(pairs, tmp_path):
@@ -107,6 +119,8 @@ def test_users_command_pictures_and_tensorboard(pairs, tmp_path):
         "--enable_gradient_checkpointing",
         "true",
         "--enable_mixed_precision",
+        "true",
+        "--sync_bn",
         "true",
         "--enable_ema",
         "true",
@@ -180,11 +194,15 @@ def test_users_command_pictures_and_tensorboard(pairs, tmp_path):
     assert "vis/left_right_truth_prediction_error" in events.Tags()["images"]
 
 
-def test_copied_out_folder_trains(tiny, tmp_path):
-    """stereo/ and common/ side by side are enough."""
+def test_copied_out_folder_trains(tiny, tmp_path, straight):
+    """stereo/ and common/ side by side are enough. Weights of no run, given as a checkpoint, are what --init takes."""
+    state = {f"module.{name}": value for name, value in checkpoint(straight, 4)["model"].items()}
+    torch.save({"state_dict": state}, tmp_path / "published.pth")
     for name in ("stereo", "common"):
         shutil.copytree(ROOT / name, tmp_path / "elsewhere" / name)
-    run(*tiny("run", "--max_steps", "1"), cwd=tmp_path / "elsewhere", PYTHONPATH="")
+    given = ("--checkpoint", tmp_path / "published.pth", "--bn", "null", "--save_every", "0")
+    output = run(*tiny("run", "--max_steps", "1", *given), cwd=tmp_path / "elsewhere", PYTHONPATH="")
+    assert "tensors loaded" in output and "batch norms frozen" in output and "steps 0..1" in output
     assert (tmp_path / "run" / "checkpoint" / "00000001.pt").exists()
 
 
@@ -205,6 +223,27 @@ WRONG = [
     ("--model.vit_size vits", "needs trained weights: give --vit_checkpoint depth_anything_v2_vits.pth"),
     ("--model.vitsize vits", "did you mean 'vit_size'"),
     ("--amp fp8", "amp must be"),
+    ("--amp_dtype fp8", "amp_dtype 'fp8' must be"),
+    ("--optimizer.params.0.wd 1", "optimizer.params.0: unknown key 'wd'"),
+    ("--optimizer.params.0.lr null", "optimizer.params.0: lr None must be a number"),
+    ("--optimizer.weight_decay 1", "optimizer: unknown key 'weight_decay'"),
+    ('--lr_scheduler {"type":"StepLR","params":{"gamma":0.5}}', "StepLR needs params.step_size"),
+    ('--lr_scheduler.params {"lr_lamda":"1"}', "unknown key 'lr_lamda'; there are lr_lambda"),
+    ('--lr_scheduler.params {"lr_lambda":["1","2"]}', "2 expressions for the 1 entries"),
+    ("--lr_scheduler.params.lr_lambda sqrt(9-epoch)", "lr_scheduler: math domain error"),
+    ('--loss.stereo.sequence.params {"gama":0.9}', "foundation_stereo_loss() got an unexpected keyword argument 'gama'"),
+    ("--loss.stereo.sequence.params.gamma high", "loss.stereo.sequence: "),
+    ("--loss.stereo.sequence l1", "loss.stereo.sequence: 'l1' must be a section"),
+    ("--ema_decay 5", "ema_decay 5.0 must be from 0 to 1"),
+    ("--data.flip_probability 7", "data.flip_probability 7.0 must be from 0 to 1"),
+    ("--gradient_accumulation_steps 0", "gradient_accumulation_steps 0 must be 1 or more"),
+    ("--log_every null", "log_every None must be 0 or more"),
+    ("--grad_clip -1", "grad_clip -1.0 must be 0 or more"),
+    ("--data.image_sizes [64,64]", "must be a list of [width, height]"),
+    ("--data.area_range [6000,9000]", "set image_sizes null"),
+    ('--data.val_datasets [{"path":"no/such/val"}]', "no/such/val: no such folder"),
+    ('--data.val_datasets [{"path":"x","frmat":"kitti"}]', "did you mean 'format'"),
+    ("--init ANYTHING", "Depth Anything's weights go to vit_checkpoint"),
     ("--checkpoint no/such.pt", "no/such.pt"),
     ("--checkpoint 77", "77"),
     ("--init no/such.pt", "no/such.pt"),
@@ -217,11 +256,12 @@ def test_wrong_input_is_named(tiny, tmp_path, straight):
     """All in one process, which tells what each command line comes to."""
     whole = checkpoint(straight, 4)["model"]
     torch.save({"model": {name: value for name, value in whole.items() if "cnet" not in name}}, tmp_path / "partial.pth")
+    torch.save({"pretrained.cls_token": torch.zeros(1)}, tmp_path / "anything.pth")
     cases = []
     for number, (options, _) in enumerate(WRONG):
         options = options.replace("LEVELS", f"{straight / 'checkpoint' / '00000004.pt'} --model.corr_levels 4").replace(
             "PARTIAL", str(tmp_path / "partial.pth")
-        )
+        ).replace("ANYTHING", str(tmp_path / "anything.pth"))
         cases.append([*map(str, tiny(f"bad{number}", "--max_steps", "1", "--workers", "0")[1:]), *options.split()])
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     code = (
@@ -246,9 +286,12 @@ def test_corrupt_images_are_replaced_counted_and_limited(pairs, tiny, tmp_path):
     shutil.copytree(pairs / "train", root)
     image = root / "right" / "rgb" / "0002.jpg"
     image.write_bytes(image.read_bytes()[:100])
-    output = run(*tiny("run"), "--data.datasets.0.path", root, "--max_steps", "5", "--max_bad_fraction", "1.0")
+    validation = ("--data.val_datasets", f"[{{name: val, path: {root}}}]", "--validate_every", "3")
+    output = run(*tiny("run"), "--data.datasets.0.path", root, "--max_steps", "5", "--max_bad_fraction", "1.0", *validation)
     assert output.count("bad sample replaced") == 1 and str(image) in output
-    assert metrics(tmp_path / "run")[5]["train/bad_samples"] >= 1
+    assert output.count("validation pair left out") == 1  # named once, and left out of both validations
+    last = metrics(tmp_path / "run")[5]
+    assert last["train/bad_samples"] >= 1 and last["val/bad_pairs"] == 1 and np.isfinite(last["val/epe"])
     for picture in (root / "left" / "rgb").iterdir():
         picture.write_bytes(b"")
     assert "attempts failed" in run(*tiny("none"), "--data.datasets.0.path", root, "--max_steps", "1", code=None)
@@ -353,6 +396,10 @@ def test_parameter_groups_first_match_wins_and_none_is_left_out():
         ["temperature", "conv.bias", "norm.weight", "norm.bias"],
     ]
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-3, 0.1), (1e-4, 0.0)]
+    whole = recipe.parameter_groups(model, section | {"params": [section["params"][1] | {"lr": 1e-2}]})
+    assert [(g["entry"], len(g["params"])) for g in whole] == [(0, 1), (0, 4)] and [g["entry"] for g in groups] == [0, 1]
+    by_entry = {"type": "LambdaLR", "params": {"lr_lambda": ["1", "0.5"]}}
+    assert [recipe.lr_factor(by_entry, 3, 1.0, g["entry"]) for g in groups] == [1, 0.5]
     with pytest.raises(ValueError, match=r"are in no group: .*norm\.weight"):
         recipe.parameter_groups(model, {"params": section["params"][:1]})
 
@@ -367,12 +414,18 @@ def test_learning_rates_of_the_configs():
     assert [factor(s) for s in (0, 500, 1000, 21000, 200000)] == pytest.approx([0, 0.5, 1, 0.5, 0.1])
     restart = {"type": "SequentialLR", "params": v1["lr_scheduler"]["params"] | {"sequential_restart": True}}
     assert recipe.lr_factor(restart, 1000, 1e-4) == pytest.approx(0.5 ** (-1000 / 20000))  # as torch counts
+    paper = read(ROOT / "stereo/configs/paper.yaml").lr_scheduler
+    factors = [recipe.lr_factor(paper, s, 1e-4, steps=50000) for s in (0, 999, 39999, 40000)]
+    assert factors == pytest.approx([1e-3, 1, 1, 0.1])  # the last fifth of the steps, however many there are
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
     for kind, params in (
         ("StepLR", {"step_size": 3, "gamma": 0.5}),
         ("MultiStepLR", {"milestones": [2, 5]}),
         ("ExponentialLR", {"gamma": 0.9}),
         ("CosineAnnealingLR", {"T_max": 9, "eta_min": 0.03}),
+        ("ConstantLR", {"factor": 0.2, "total_iters": 3}),
+        ("LinearLR", {"start_factor": 0.1, "total_iters": 4}),
+        ("PolynomialLR", {"total_iters": 6, "power": 2.0}),
         (
             "OneCycleLR",
             {"max_lr": 0.3, "total_steps": 12, "anneal_strategy": "linear", "pct_start": 0.3, "cycle_momentum": False},
@@ -380,13 +433,25 @@ def test_learning_rates_of_the_configs():
     ):
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"] = 0.3
         theirs = getattr(torch.optim.lr_scheduler, kind)(optimizer, **params)
-        own = {name: value for name, value in params.items() if name != "cycle_momentum"}
+        recipe.check_scheduler({"type": kind, "params": params}, 1, 9)
         for step in range(9):
-            assert 0.3 * recipe.lr_factor({"type": kind, "params": own}, step, 0.3) == pytest.approx(
+            assert 0.3 * recipe.lr_factor({"type": kind, "params": params}, step, 0.3) == pytest.approx(
                 optimizer.param_groups[0]["lr"], rel=1e-6
             ), (kind, step)
             optimizer.step()
             theirs.step()
+
+
+def test_means_of_a_window_leave_out_what_is_not_finite_and_survive_a_stop():
+    values = lambda a, b: {"loss/loss": torch.tensor(a), "metric/epe": torch.tensor(b)}
+    first, second, other = Averages(), Averages(), Averages()
+    first.add(values(1.0, 2.0))
+    first.add(values(torch.nan, 4.0))
+    second.load(first.state(), torch.device("cpu"))
+    second.add(values(3.0, 0.0))
+    assert second.take() == {"loss/loss": 2.0, "metric/epe": 2.0} and second.take() == {}
+    other.load(first.state() + [{"loss/loss": [8.0, 1.0], "metric/epe": [0.0, 1.0]}], torch.device("cpu"))  # of two ranks
+    assert other.take() == {"loss/loss": 4.5, "metric/epe": 2.0}
 
 
 def test_losses_of_label_types_count_by_their_share():
@@ -421,36 +486,73 @@ def test_losses_of_label_types_count_by_their_share():
         recipe.check_loss(sequence, 12)
 
 
-def test_gradient_checkpointing_changes_nothing_but_the_memory():
-    """Loss and gradients are equal, and fewer bytes wait for the backward pass."""
-    kept, gradients = [], []
-    for on in (False, True):
-        torch.manual_seed(0)
-        model = FoundationStereo(vit_size=None, max_disp=32, hidden_dims=(16,) * 3, n_gru_layers=2, checkpointing=on).train()
-        left, total = 255 * torch.rand(1, 3, 64, 64), {}
+@pytest.fixture
+def main(monkeypatch):
+    """Run a script's main with these arguments in this process, on which no watch may lie; returns the exit code."""
 
-        def pack(t, total=total):
-            total[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
+    def call(module, *args):
+        monkeypatch.setattr(dist, "at", lambda *_: pytest.fail("one process waits for nobody"))
+        monkeypatch.setattr("sys.argv", ["script", *map(str, args)])
+        with pytest.raises(SystemExit) as end:
+            module.main()
+            sys.exit(0)
+        return end.value.code
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = model(left, left.roll(-3, -1), iters=2)
-        loss, _ = recipe.total_loss(
-            out,
-            torch.full((1, 64, 64), 3.0),
-            torch.ones(1, 64, 64, dtype=torch.bool),
-            torch.zeros(1),
-            {"stereo": {"s": {"function": "foundation_stereo_loss"}}},
-            32,
-        )
-        loss.backward()
-        kept.append(sum(total.values()))
-        gradients.append(
-            (loss.detach(), model.cost_agg.conv1[0].conv.weight.grad if hasattr(model.cost_agg.conv1[0], "conv") else None)
-        )
-    assert torch.allclose(gradients[0][0], gradients[1][0], rtol=1e-5)
-    assert gradients[0][1] is None or torch.allclose(gradients[0][1], gradients[1][1], rtol=1e-3, atol=1e-6)
-    assert kept[1] < 0.7 * kept[0]
+    return call
+
+
+def test_evaluation_goes_on_without_a_bad_pair(main, pairs, tmp_path, capsys):
+    from stereo import eval
+
+    shutil.copytree(pairs / "train", tmp_path / "set")
+    (tmp_path / "set/right/rgb/0002.jpg").write_bytes(b"")
+    bad, out = tmp_path / "lists/bad.txt", tmp_path / "tables/pairs.csv"  # in folders that are not there
+    assert "no pair in the form of 'middlebury'" in main(eval, "--data", tmp_path / "set", "--dataset", "middlebury")
+    assert main(eval, "--data", tmp_path / "set", "--exclude", bad, "--exclude_above", 101, "--out", out) == 1
+    text = capsys.readouterr().out
+    assert "right/rgb/0002.jpg" in text and "1 of 4 pairs could not be read" in text and "(3 with ground truth)" in text
+    assert bad.read_text() == "0002\n" and len(out.read_text().splitlines()) == 1 + 2 * 3
+    assert "no pair has a mask" in main(eval, "--data", tmp_path / "set", "--mask", "noc")
+    for wrong in (("--max_disparity", 0), ("--limit", 0), ("--iters", 0), ("--scale", -2), ("--scale", 0)):
+        assert main(eval, "--data", tmp_path / "set", *wrong) == 2
+
+
+def test_evaluation_tells_how_many_pairs_have_no_mask(main, pairs, tmp_path, capsys):
+    from stereo import eval
+
+    for number in range(2):
+        for name, view in (("im0", "left"), ("im1", "right")):
+            write_image(tmp_path / str(number) / f"{name}.png", read_image(pairs / "val" / view / "rgb" / f"000{number}.jpg"))
+        truth = read_disparity(pairs / "val/left/disparity" / f"000{number}.png", "fsd")
+        (tmp_path / str(number) / "disp0.pfm").write_bytes(encode_pfm(truth))
+    write_image(tmp_path / "0" / "mask0nocc.png", np.full((96, 128), 255, np.uint8))
+    assert main(eval, "--data", tmp_path, "--dataset", "middlebury") == 0
+    assert "mask noc (1 of 2 pairs have none: all their pixels count)" in capsys.readouterr().out
+
+
+def test_infer_shares_pairs_out_and_names_wrong_options(main, pairs, tmp_path, straight, monkeypatch, capsys):
+    from stereo import infer
+
+    views = [pairs / "val" / side / "rgb" for side in ("left", "right")]
+    words = ("--checkpoint", straight / "checkpoint/00000004.pt", "--iters", 1, "--left", views[0], "--right", views[1], "--out")
+    (tmp_path / "file").touch()
+    assert "not a folder that can be written" in main(infer, *words, tmp_path / "file")
+    assert "--x_offset 128: " in main(infer, *words, tmp_path / "out", "--x_offset", 128)
+    for wrong in (("--x_offset", -5), ("--iters", 0), ("--scale", 0), ("--scale", -2)):
+        assert main(infer, *words, tmp_path / "out", *wrong) == 2
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    assert main(infer, *words, tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0001.pfm", "0001_disparity.jpg"]
+
+
+def test_exchanged_views_are_noticed(pairs):
+    from stereo.infer import look_swapped
+
+    for pair in list_pairs(pairs / "train"):
+        left, right = read_views(pair)
+        assert look_swapped(right, left) and not look_swapped(left, right)
+    assert not look_swapped(left, left) and not look_swapped(np.zeros_like(left), np.zeros_like(left))
 
 
 def test_infer_refuses_what_it_cannot_use(pairs, tmp_path, straight):
