@@ -244,7 +244,8 @@ def main() -> None:
                 writer.writerows(rows)
             print(f"per pair: {args.out}")
         if args.exclude:
-            bad = [*unread] + [row["pair"] for row in rows if row["method"] == list(methods)[-1] and not row["bp2"] <= args.exclude_above]
+            bad = [row["pair"] for row in rows if row["method"] == list(methods)[-1] and not row["bp2"] <= args.exclude_above]
+            bad += unread
             args.exclude.write_text("".join(f"{name}\n" for name in bad))
             print(f"{len(bad)} of {len(pairs)} pairs cannot be read or have bp2 above {args.exclude_above:g}: {args.exclude}")
         if unread:

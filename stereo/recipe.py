@@ -22,7 +22,10 @@ SCHEDULERS = {  # params: those needed, and the others
     "LinearLR": ([], ["start_factor", "end_factor", "total_iters"]),
     "PolynomialLR": ([], ["total_iters", "power"]),
     "CosineAnnealingLR": (["T_max"], ["eta_min"]),
-    "OneCycleLR": (["max_lr", "total_steps"], ["pct_start", "div_factor", "final_div_factor", "anneal_strategy", "cycle_momentum"]),
+    "OneCycleLR": (
+        ["max_lr", "total_steps"],
+        ["pct_start", "div_factor", "final_div_factor", "anneal_strategy", "cycle_momentum"],
+    ),
 }
 PLAIN = ("disparity_l1_loss", "disparity_smooth_l1_loss", "disparity_epe_loss", "gradient_loss")
 FUNCTIONS = (*PLAIN, "multi_scale_loss", "foundation_stereo_loss")
@@ -33,8 +36,9 @@ PUBLISHED += ["img_gamma", "inference_tile", "tile_min_overlap", "tile_wtype", "
 PUBLISHED += ["val_interval", "time_limit", "notes", "tags_more", "finetune_from", "finetune_ckpt_name", "train_iters", "valid_iters"]
 
 
-RANGES = (  # lowest, highest, numbers; those of the last line may be null too
-    (1, math.inf, "num_iterations batch_size_forward gradient_accumulation_steps train_iters valid_iters max_bad_steps keep_last"),
+RANGES = (  # lowest, highest, numbers; those of the last two lines may be null too
+    (1, math.inf, "num_iterations batch_size_forward gradient_accumulation_steps"),
+    (1, math.inf, "train_iters valid_iters max_bad_steps keep_last"),
     (0, math.inf, "log_every save_every validate_every vis_every num_vis_images workers keep_every data.erase_scale"),
     (0, 1, "ema_decay max_bad_fraction data.flip_probability data.vertical_flip_probability data.min_valid"),
     (0, math.inf, "grad_clip"),
@@ -47,7 +51,14 @@ def check(cfg: dict) -> None:
     check_ranges(cfg)
     check_model(cfg["model"])
     check_optimizer(cfg["optimizer"])
-    check_scheduler(cfg["lr_scheduler"], len(cfg["optimizer"]["params"]), cfg["num_iterations"])
+    section, entries, steps = cfg["lr_scheduler"], len(cfg["optimizer"]["params"]), cfg["num_iterations"]
+    check_scheduler(section, entries)
+    try:
+        for entry in range(entries):
+            for step in (0, steps - 1):
+                lr_factor(section, step, 1.0, entry, steps=steps)
+    except (TypeError, ZeroDivisionError, OverflowError, ValueError) as error:
+        raise ValueError(f"lr_scheduler: {error}") from None
     check_loss(cfg["loss"], cfg["train_iters"])
 
 
@@ -79,7 +90,7 @@ def check_model(section: dict) -> None:
 
 
 def check_optimizer(section: dict) -> None:
-    """ValueError naming what is wrong with the config's `optimizer`: {"type", "no_decay_1d", "params": see `parameter_groups`}."""
+    """ValueError naming what is wrong with the config's `optimizer`, {"type", "no_decay_1d", "params": [...]}."""
     check_keys("optimizer", section, ("type", "no_decay_1d", "params"))
     if section.get("type", "AdamW") not in OPTIMIZERS:
         raise ValueError(f"optimizer.type '{section['type']}' must be one of {', '.join(OPTIMIZERS)}")
@@ -95,11 +106,11 @@ def check_optimizer(section: dict) -> None:
 
 
 def parameter_groups(model: nn.Module, section: dict) -> list[dict]:
-    """Groups for torch.optim from `optimizer.params`, a list of {"params": {"include": [glob], "exclude": [glob]}, lr, ...}; each notes
-    the place of its `entry` in the list.
+    """Groups for torch.optim from `optimizer.params`, a list of {"params": {"include": [glob], "exclude": [glob]}, lr, ...}.
 
     A trainable parameter goes to the first group that matches its name (`*` crosses dots). With `no_decay_1d` vectors, scalars
-    and the attention temperatures of a group get a group of their own without weight decay. ValueError lists those that match none.
+    and the attention temperatures of a group get a group of their own without weight decay. Each group notes the place of its
+    `entry` in the list. ValueError lists the parameters that match none.
     """
     groups, free = [], [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for place, entry in enumerate(section["params"]):
@@ -131,8 +142,8 @@ def make_optimizer(model: nn.Module, section: dict) -> torch.optim.Optimizer:
     return optimizer
 
 
-def check_scheduler(section: dict | None, entries: int, steps: int, where: str = "lr_scheduler") -> None:
-    """ValueError naming what is wrong with the config's `lr_scheduler` for so many entries of optimizer.params and so many steps."""
+def check_scheduler(section: dict | None, entries: int, where: str = "lr_scheduler") -> None:
+    """ValueError naming what is wrong with the config's `lr_scheduler`, given the number of entries of optimizer.params."""
     if not section:
         return
     check_keys(where, section, ("type", "params"))
@@ -150,15 +161,9 @@ def check_scheduler(section: dict | None, entries: int, steps: int, where: str =
         if len(parts) != len(milestones) + 1:
             raise ValueError(f"{where}: {len(parts)} schedulers need {len(parts) - 1} milestones")
         for place, part in enumerate(parts):
-            check_scheduler(part, entries, steps, f"{where}.params.schedulers.{place}")
+            check_scheduler(part, entries, f"{where}.params.schedulers.{place}")
     elif kind == "LambdaLR" and isinstance(params["lr_lambda"], list) and len(params["lr_lambda"]) != entries:
         raise ValueError(f"{where}: {len(params['lr_lambda'])} expressions for the {entries} entries of optimizer.params")
-    try:
-        for entry in range(entries):
-            for step in (0, steps - 1):
-                lr_factor(section, step, 1.0, entry, steps=steps)
-    except (TypeError, ZeroDivisionError, OverflowError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def lr_factor(

@@ -1,8 +1,8 @@
 """Learning rates as pure functions of the step, from the expressions of the users' configs.
 
 An expression is arithmetic in `epoch`, which means the number of finished updates, and `steps`, the number of all: numbers,
-+ - * / **, comparisons, min, max, exp, log, sqrt, cos, pi, and Piecewise((value, condition), ..., (value, True)). It is walked as a
-syntax tree, never run.
++ - * / **, comparisons, min, max, exp, log, sqrt, cos, pi, and Piecewise((value, condition), ..., (value, True)). It is walked as
+a syntax tree, never run.
 """
 
 import ast

@@ -99,7 +99,7 @@ def build_loader(dataset: StereoDataset, cfg, first_step: int, last_step: int):
 def train_step(
     net, model, ema, batches: list[dict], optimizer, scaler, guard: StepGuard, cfg, dtype, step: int, max_disparity: float
 ) -> dict:
-    """One optimizer step; returns {"logs": the values of each micro-batch, ...}, detached. Nothing here waits for its device work."""
+    """One optimizer step; returns {"logs": the values of each micro-batch, ...}, detached. Nothing waits for its device work."""
     device, count, every = guard.device, len(batches), recipe.needs_all(cfg.loss)
     optimizer.zero_grad(set_to_none=True)
     mean, logs = torch.zeros((), device=device), []
@@ -121,7 +121,8 @@ def train_step(
         losses = {f"loss/{name}": value for name, value in ({"loss": loss.detach()} | parts).items()}
         logs.append(losses | batch_metrics(out["preds"][-1].detach().squeeze(1), out["init"].detach(), truth, mask))
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], cfg.grad_clip or math.inf)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
     guard.settle()  # the flag of the step before
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step - guard.skipped, group, cfg)
@@ -208,7 +209,7 @@ def main() -> None:
     elif state:
         log.text(f"{cfg.checkpoint}: weights only, starting at step 0")
     del state
-    last_step = min(last_step, step + (cfg.max_steps_per_run or last_step))
+    last_step = int(min(last_step, step + (cfg.max_steps_per_run or last_step)))
     if cfg.enable_mlflow and dist.is_main():
         log.text(f"logging to TensorBoard ({folder / 'tb'}) and {folder / 'metrics.jsonl'}")
     for size in dataset.sizes:
