@@ -144,6 +144,12 @@ def gather(value) -> list:
     return values
 
 
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """Give all ranks rank 0's buffers. Batch statistics differ by rank between two forward passes of DDP; saved are rank 0's."""
+    for buffer in module.buffers() if world_size() > 1 else ():
+        td.broadcast(buffer, 0)
+
+
 def checksum(tensors) -> torch.Tensor:
     """int64 checksum, shape (), of the bits of many tensors in order. Reads each value once and does not wait for the device."""
     total = 0

@@ -142,6 +142,7 @@ def validate(model: FoundationStereo, sets: list[Source], cfg, device: torch.dev
     Pairs are shared out over the ranks.
     """
     training, out, bad = model.training, {}, []
+    dist.broadcast_buffers(model)  # the scores are those of the weights that are saved
     run = predictor(model.eval(), device, cfg.valid_iters, dtype=dtype)
     limit = cfg.data.max_disparity or model.max_disp
     for source in sets:

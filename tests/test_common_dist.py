@@ -101,6 +101,10 @@ def test_two_ranks_reduce_and_agree_to_stop(root, tmp_path):
         assert dist.all_mean({"x": rank}) == {"x": 0.5}
         assert dist.all_sum({"big": 2.0**53 + 2 * rank}) == {"big": 2.0**54 + 2}
         assert dist.gather([rank] * rank) == [[], [1]]
+        norm = torch.nn.BatchNorm1d(2)
+        norm.running_mean.fill_(rank + 3)
+        dist.broadcast_buffers(norm)
+        assert norm.running_mean.tolist() == [3, 3]
         bad = BadSamples(1.0, Logger(out / "run").warn)
         bad.add([f"{rank}.png"] * (1 + rank), 4)
         assert bad.total() == 3

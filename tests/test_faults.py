@@ -308,7 +308,7 @@ def test_killed_at_any_moment_the_run_comes_back_bit_for_bit(name):
     assert counts["most_steps_lost"] <= 2 * counts["save_every"], counts
 
 
-@each("moge", "mvdiff")
+@each("stereo", "moge", "mvdiff")
 def test_means_over_a_log_window_survive_a_stop(name, lab):
     """A log line covers two steps; the run is stopped between them."""
     window = {"log_every": 2, "max_steps": 2}
