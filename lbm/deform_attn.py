@@ -62,7 +62,13 @@ def recompute(run, *tensors):
     the compiler understands.
     """
     if torch.compiler.is_compiling():
-        return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
+        device = next(t for t in tensors if t is not None).device.type
+
+        def plain(*tensors):
+            with torch.autocast(device, enabled=False):
+                return run(*tensors)
+
+        return checkpoint(plain, *tensors, use_reentrant=False, preserve_rng_state=False)
     return _Recompute.apply(run, *tensors)
 
 
@@ -79,9 +85,9 @@ class _Corners(torch.autograd.Function):
     def forward(ctx, offsets, attention, reference, hw, start):
         attention = attention[:, :, None]  # (B, N, 1, H, L, K)
         size = hw.T.flip(0)[:, None, None, None, None, :, None].float()  # (2, 1, 1, 1, 1, L, 1): widths, heights
-        # NaN, as a diverged step has it, must not become an address outside the map.
-        shift = offsets.movedim(-1, 0).nan_to_num()[:, :, :, None] - 0.5  # (2, B, N, 1, H, L, K)
+        shift = offsets.movedim(-1, 0)[:, :, :, None] - 0.5  # (2, B, N, 1, H, L, K)
         place = torch.addcmul(shift, reference.movedim(-1, 0)[:, :, :, :, None, :, None], size)  # (2, B, N, k, H, L, K)
+        place = place.nan_to_num()  # NaN, as a diverged step has it, must not become an address outside the map
         low = place.floor()
         fraction = place - low
         high = low + 1

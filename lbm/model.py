@@ -11,6 +11,7 @@ B batch, T frames, N points. Positions are pixel-edge coordinates (x, y); querie
 
 import argparse
 import copy
+import math
 import pickle
 
 import torch
@@ -67,10 +68,16 @@ class LBM(nn.Module):
         super().__init__()
         if (stride, embed_dim, num_levels) != (STRIDE, DIM, LEVELS):
             raise ValueError(f"stride {STRIDE}, embed_dim {DIM} and num_levels {LEVELS} are fixed by the backbone")
-        if num_layers < 2:
-            raise ValueError(f"num_layers is {num_layers}; at least 2 are needed")
         if any(n % STRIDE or n < 32 for n in input_size):
             raise ValueError(f"input_size {tuple(input_size)}: height and width must be multiples of {STRIDE} and at least 32")
+        cells = input_size[0] * input_size[1] // STRIDE**2
+        for name, value, low, high in (
+            ("num_layers", num_layers, 2, math.inf), ("num_heads", num_heads, 1, DIM), ("num_neighbors", num_neighbors, 1, math.inf),
+            ("top_k_regions", top_k_regions, 1, cells), ("memory_size", memory_size, 1, math.inf), ("dropout", dropout, 0, 0.99),
+            ("random_memory_mask_drop", random_memory_mask_drop, 0, 1), ("visibility_threshold", visibility_threshold, 0, 1),
+        ):  # fmt: skip
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}; it must lie in {low} .. {high}")
         self.input_size, self.memory_size = tuple(input_size), memory_size
         self.visibility_threshold, self.random_memory_mask_drop = visibility_threshold, random_memory_mask_drop
         self.lambdas = (lambda_cls, lambda_vis, lambda_reg, lambda_unc, lambda_ref)
@@ -96,9 +103,11 @@ class LBM(nn.Module):
         memory = memory[-self.memory_size :]
         if not (self.static_memory and memory):
             return memory
-        zeros = lambda entries: [torch.zeros_like(entries[0])] * len(entries)
-        empty = {name: zeros(memory[0][name]) for name in ("collision", "stream")}
-        return [empty | {"ignore": torch.ones_like(memory[0]["ignore"])}] * (self.memory_size - len(memory)) + memory
+        # Each a tensor of its own that requires a gradient where the entries do: the compiler would tell such frames apart.
+        zeros = lambda x: torch.zeros_like(x, requires_grad=x.requires_grad)
+        empty = lambda: {name: [zeros(x) for x in memory[0][name]] for name in ("collision", "stream")}
+        ignore = {"ignore": torch.ones_like(memory[0]["ignore"])}
+        return [empty() | ignore for _ in range(self.memory_size - len(memory))] + memory
 
     def compile_step(self, **options):
         """torch.compile the per-frame layers and heads, in place, with its options; names in the state dict stay."""
@@ -188,8 +197,12 @@ class LBM(nn.Module):
         Arguments and result as in `forward`. A point's token is taken when its query frame comes; what is returned for earlier
         frames means nothing. chunk: at most so many points at a time (memory; the numbers are the same).
         spatial_penalty: a distance in cells over which correlations decay from the last position (off: None).
+        ValueError for a query whose time is no frame of the video, or that is not finite.
         """
         size = video.shape[-2:]
+        time, last = queries[..., 0], video.shape[1] - 1
+        if not (queries.isfinite().all() and ((time == time.round()) & (time >= 0) & (time <= last)).all()):
+            raise ValueError(f"queries (t, x, y) must be finite numbers with t a whole frame of the video, 0 to {last}")
         queries = torch.cat((queries[..., :1].float(), rescale(queries[..., 1:], size, self.input_size)), -1)
         groups = queries.split(chunk or max(queries.shape[1], 1), 1)
         tracks = [Track(self, q[..., 1:], spatial_penalty) for q in groups]
@@ -235,7 +248,10 @@ class Track:
         self.lattice = model.transformer.lattice(model.msda)
 
     def step(self, feat, queried) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One frame's pyramid (B, S, C), queried (B, N) bool -> positions (B, N, 2) px of input_size, vis, rho."""
+        """One frame's pyramid (B, S, C), queried (B, N) bool -> positions (B, N, 2) px of input_size, vis, rho. N may be 0."""
+        if not self.token.shape[1]:
+            none = self.last.new_zeros(self.last.shape[:2])
+            return self.last, none, none
         model = self.model
         out = model.transformer(
             self.token, feat, queried, model._slots(self.memory), self.weights, self.lattice, prior=self._prior()
@@ -313,7 +329,7 @@ class Online:
             old[:, refreshed] = given[:, :n].to(old.dtype)
             return torch.cat((old, given[:, n:].to(old.dtype)), 1)
 
-        blank = lambda x, value: torch.full_like(x[:, :1], value).expand(-1, n + new, *x.shape[2:])
+        blank = lambda x, value: x.new_full((len(x), n + new, *x.shape[2:]), value)
         track.token, track.last = merge(track.token, token), merge(track.last, points)
         track.memory = [
             {"ignore": merge(entry["ignore"], blank(entry["ignore"], True))}
@@ -355,11 +371,10 @@ def _match(module: nn.Module, state: dict, path) -> None:
     module.load_state_dict(state)
 
 
-def load_checkpoint(model: LBM, path) -> dict:
-    """Load weights: released {'model': ...}, official training files (names with 'module.', optimizer, epoch, a Namespace in
-    'args'), or a bare state dict. Names must match exactly; time embeddings of another memory size are interpolated.
+def read_checkpoint(path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Weights by name without 'module.', and what else the file holds: released {'model': ...}, official training files (optimizer,
+    epoch, a Namespace in 'args'), or a bare state dict.
 
-    Returns {"notes": lines for the log, "optimizer", "scheduler", "scaler": their states or None, "epoch": int or None}.
     Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
     """
     content = _read(path)
@@ -368,7 +383,19 @@ def load_checkpoint(model: LBM, path) -> dict:
         raise ValueError(f"{path}: holds no weights: expected a state dict, or one under 'model'")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
-    state, notes = dict(state), []
+    return dict(state), content if "model" in content else {}
+
+
+def load_checkpoint(model: LBM, path) -> dict:
+    """Load the weights of any file that `read_checkpoint` reads. Names must match exactly; time embeddings of another memory size
+    are interpolated, and so are their moments in the optimizer's state.
+
+    Returns {"notes": lines for the log, "optimizer", "scaler": their states or None, "epoch": int or None}.
+    Errors as in `read_checkpoint`, and ValueError for weights that do not fit.
+    """
+    (state, rest), notes = read_checkpoint(path), []
+    moments = (rest.get("optimizer") or {"state": {}})["state"]  # by the number of the parameter
+    numbers = {name: i for i, (name, _) in enumerate(model.named_parameters())}
     place = state.get("backbone.frame_pos_embedding")
     if place is not None and place.shape != model.backbone.frame_pos_embedding.shape:
         h, w = place.shape[-2] * STRIDE, place.shape[-1] * STRIDE
@@ -376,10 +403,12 @@ def load_checkpoint(model: LBM, path) -> dict:
     for name, value in state.items():
         if name.endswith("time_emb") and value.dim() == 3 and value.shape[1] != model.memory_size + 1:
             state[name] = resize_time_embedding(value, model.memory_size)
+            for kind, moment in moments.get(numbers.get(name), {}).items():
+                if kind.startswith("exp_avg"):
+                    moments[numbers[name]][kind] = resize_time_embedding(moment, model.memory_size)
             notes.append(f"{path}: {name} interpolated from {value.shape[1] - 1} to {model.memory_size} memory slots")
     _match(model, state, path)
-    rest = content if "model" in content else {}
-    return {"notes": notes, **{key: rest.get(key) for key in ("optimizer", "scheduler", "scaler", "epoch")}}
+    return {"notes": notes, **{key: rest.get(key) for key in ("optimizer", "scaler", "epoch")}}
 
 
 def load_resnet18(model: LBM, path) -> list[str]:
