@@ -30,14 +30,19 @@ class _Array(np.ndarray):
         super().__setstate__((*state[:2], state[2].dtype, *state[3:]))
 
 
+def _frombuffer(data, kind, size, order):
+    """np.frombuffer, unlike np.ndarray, makes no object pointers of bytes. A copy, as an array could be freed under its view."""
+    return np.frombuffer(bytes(data), kind.dtype).reshape(size, order=order)
+
+
 _PLAIN = (dict, list, tuple, set, frozenset, str, bytes, bytearray, int, float, bool, complex)
 _KNOWN = {f"builtins.{kind.__name__}": kind for kind in _PLAIN}
-_KNOWN |= {"numpy.ndarray": _Array, "numpy.dtype": _Kind, "collections.OrderedDict": OrderedDict}
+_KNOWN |= {"numpy.ndarray": None, "numpy.dtype": _Kind, "collections.OrderedDict": OrderedDict}  # None: only named, never called
 _KNOWN["_codecs.encode"] = lambda text, _: text.encode("latin1")  # bytes, in old protocols
 for _core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
     _KNOWN[f"{_core}.multiarray._reconstruct"] = lambda *_: _Array(0)
     _KNOWN[f"{_core}.multiarray.scalar"] = lambda kind, data: np.frombuffer(data, kind.dtype)[0]
-    _KNOWN[f"{_core}.numeric._frombuffer"] = lambda data, kind, size, order: np.ndarray(size, kind.dtype, data, order=order)
+    _KNOWN[f"{_core}.numeric._frombuffer"] = _frombuffer
 
 
 class _Unpickler(pickle.Unpickler):

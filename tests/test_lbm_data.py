@@ -19,6 +19,7 @@ from common.io import contact_sheet, read_image, write_image, write_png16
 from lbm import augment, baselines, dataset, draw, metrics
 from lbm.dataset import KubricDataset
 from lbm.tapvid import tapvid
+from lbm.unpickle import load_pickle
 
 FRAMES, SIDE, POINTS = 8, 160, 120
 OPTIONS = {"size": (96, 128), "frames": FRAMES, "points": 64, "aug_scale": 0.3}
@@ -339,6 +340,32 @@ class Intruder:
 
     def __reduce__(self):
         return os.system, (f"touch {self.marker}",)
+
+
+class Call:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("dtype", ["O8", np.dtype("O")])
+@pytest.mark.parametrize("way", ["_frombuffer", "ndarray"])
+def test_pickles_cannot_make_pointers_of_bytes(tmp_path, way, dtype):
+    frombuffer = np.zeros(1).__reduce_ex__(5)[0]
+    given = (np.ndarray, (1,), dtype, b"A" * 8) if way == "ndarray" else (frombuffer, b"A" * 8, dtype, (1,), "C")
+    (tmp_path / "forged.pkl").write_bytes(pickle.dumps(Call(*given)))
+    with pytest.raises(ValueError, match=r"forged\.pkl: not a readable pickle"):
+        load_pickle(tmp_path / "forged.pkl")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_come_out_of_pickles_as_they_went_in(tmp_path, protocol):
+    arrays = [np.arange(6.0).reshape(2, 3).T, np.zeros((0, 4)), np.array([b"jpeg", None, {}], object), np.array(["a", "bcd"])]
+    (tmp_path / "good.pkl").write_bytes(pickle.dumps(arrays, protocol))
+    for got, want in zip(load_pickle(tmp_path / "good.pkl"), arrays, strict=True):
+        assert got.dtype == want.dtype and got.shape == want.shape and (got == want).all()
 
 
 def break_png_short(folder, marker):
