@@ -48,15 +48,20 @@ def list_sequences(root: str | Path) -> list[str]:
     return names
 
 
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz file. ValueError naming the file where it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # a damaged archive raises anything
+        raise ValueError(f"{path}: not a readable npz file: {error}") from None
+
+
 def load_tracks(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return coords (P, T, 2) float32 and hidden (P, T) bool of a sequence. ValueError or OSError naming the file."""
     path = folder / f"{folder.name}.npz"
     if path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                content = dict(arrays)
-        except Exception as error:  # a damaged archive raises anything
-            raise ValueError(f"{path}: not a readable npz file: {error}") from None
+        content = read_npz(path)
     else:
         path = folder / f"{folder.name}.npy"
         content = load_npy(path)
@@ -214,6 +219,8 @@ class KubricDataset:
 def check(root: str | Path, out: str | Path = "check.png", min_points: int = 16) -> list[str]:
     """Read every sequence in full; return a line for each that cannot be used, and draw twelve of the others."""
     bad, drawn = [], []
+    if not cv2.haveImageWriter(str(out)):
+        raise ValueError(f"{out}: OpenCV writes no such picture; give it a name that ends in .png or .jpg")
     names = list_sequences(root)
     wanted = set(names[:: -(-len(names) // 12)])
     for name in tqdm(names, desc="check", unit="seq"):
@@ -288,23 +295,30 @@ def convert(source: str | Path, out: str | Path, frames: int = 24, stride: int =
     numbers, visible (T, N) bool and perhaps known (T, N) bool, False where the visibility could not be told.
     Writes out/kubric/<set>_<start>/ of `frames` frames every `stride`, but those that begin with fewer than `min_points` visible
     points, and out/tapvid_davis.pkl with `known` as an additional entry. Half a pixel is added: in both layouts pixel centres
-    lie at halves. Returns the names of the clips.
+    lie at halves. Returns the names of the clips. ValueError or OSError, naming the file, for what does not fit, and where no
+    clip comes of it.
     """
     source, out, clips, videos = Path(source), Path(out), [], {}
     folders = [source] if (source / "tracks.npz").exists() else sorted(path.parent for path in source.glob("*/tracks.npz"))
     if not folders:
         raise FileNotFoundError(f"{source}: no tracks.npz in it, nor in the folders under it")
     for folder in folders:
-        with np.load(folder / "tracks.npz", allow_pickle=False) as arrays:
-            content = dict(arrays)
+        content = read_npz(folder / "tracks.npz")
         if missing := {"frames", "tracks", "visible"} - content.keys():
             raise ValueError(f"{folder / 'tracks.npz'}: lacks {', '.join(sorted(missing))}")
         visible = content["visible"].astype(bool)  # (T, N)
         known = content.get("known", np.ones_like(visible)).astype(bool)
+        shapes = [content["frames"].shape, content["tracks"].shape, visible.shape, known.shape]
+        if visible.ndim != 2 or shapes != [visible.shape[:1], (*visible.shape, 2), visible.shape, visible.shape]:
+            text = ", ".join(f"{name} {shape}" for name, shape in zip(("frames", "tracks", "visible", "known"), shapes))
+            raise ValueError(f"{folder / 'tracks.npz'}: {text}; expected (T,), (T, N, 2), (T, N), (T, N)")
         tracks = np.where(visible[..., None], content["tracks"], 0).astype(np.float32) + np.float32(0.5)
-        video = np.stack([read_image(folder / "frames" / str(file)) for file in content["frames"]])
-        if tracks.shape != (*visible.shape, 2) or len(video) != len(tracks):
-            raise ValueError(f"{folder / 'tracks.npz'}: {len(video)} frames, tracks {tracks.shape}, visible {visible.shape}")
+        pictures = [read_image(folder / "frames" / str(file)) for file in content["frames"]]
+        if len(sizes := {picture.shape[:2] for picture in pictures}) != 1:
+            raise ValueError(f"{folder / 'frames'}: the pictures differ in size: {sorted(sizes)}; a video has one size")
+        video = np.stack(pictures)
+        if len(video) < frames:
+            print(f"{folder}: {len(video)} frames, no training clip of {frames} (--frames)", file=sys.stderr)
         points = (tracks / (video.shape[2], video.shape[1])).astype(np.float32)
         entry = {"points": points.swapaxes(0, 1), "occluded": ~visible.T, "known": known.T}
         videos[folder.name] = {"video": video, **{key: np.ascontiguousarray(value) for key, value in entry.items()}}
@@ -316,6 +330,8 @@ def convert(source: str | Path, out: str | Path, frames: int = 24, stride: int =
             part = slice(start, start + frames)
             truth = {"coords": tracks[part].swapaxes(0, 1), "visibility": ~visible[part].T}
             np.save(out / "kubric" / clips[-1] / f"{clips[-1]}.npy", truth, allow_pickle=True)
+    if not clips:
+        raise ValueError(f"{source}: no {frames} frames that begin with {min_points} visible points: no clip; lower --frames")
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "tapvid_davis.pkl", partial(pickle.dump, videos))
     return clips
@@ -334,6 +350,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=24, help="--convert: frames of a training clip")
     parser.add_argument("--stride", type=int, default=12, help="--convert: frames from one clip's start to the next")
     args = parser.parse_args(argv)
+    if min(args.workers, args.frames, args.stride) < 1 or not 0 <= args.quality <= 100:
+        parser.error("--workers, --frames and --stride must be at least 1, --quality lies in 0 .. 100")
     try:
         if args.convert:
             clips = convert(*args.convert, args.frames, args.stride)

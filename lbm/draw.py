@@ -16,14 +16,16 @@ def colours(tracks: np.ndarray, visible: np.ndarray) -> np.ndarray:
 def draw_tracks(frames: np.ndarray, tracks: np.ndarray, visible: np.ndarray, trail: int = 12) -> np.ndarray:
     """Draw each point as a dot (a ring where it is hidden) with the fading trail of its last `trail` frames.
 
-    frames: (T, H, W, 3) uint8 RGB, tracks: (T, N, 2) pixels, visible: (T, N) bool. Returns new frames of the same shape.
+    frames: (T, H, W, 3) uint8 RGB, tracks: (T, N, 2) pixels, NaN where there is nothing to draw, visible: (T, N) bool. Returns
+    new frames of the same shape.
     """
     height, width = frames.shape[1:3]
     unit = max(1.0, min(height, width) / 256)  # line width, so that pictures of any size look alike
     bits = 4  # OpenCV takes fixed-point places; its pixel centres are whole numbers
     places = np.clip(np.nan_to_num(tracks) - 0.5, -width - height, 2 * (width + height))
     places = np.rint(places * 2**bits).astype(int).tolist()
-    visible, paint = np.asarray(visible, bool), colours(tracks, visible).tolist()
+    known = np.isfinite(tracks).all(-1)
+    visible, paint = np.asarray(visible, bool) & known, colours(tracks, visible).tolist()
     layer, opacity = np.zeros_like(frames[0]), np.zeros((height, width), np.float32)
     out = np.empty_like(frames)
     for t, frame in enumerate(frames):
@@ -33,8 +35,8 @@ def draw_tracks(frames: np.ndarray, tracks: np.ndarray, visible: np.ndarray, tra
             cv2.line(fresh, places[t - 1][n], places[t][n], 255, round(unit), cv2.LINE_AA, bits)
         opacity = np.maximum(opacity * 0.1 ** (1 / max(trail, 1)), fresh / np.float32(255))
         image = np.rint(frame + (layer - frame.astype(np.float32)) * opacity[..., None]).astype(np.uint8)
-        for n, place in enumerate(places[t]):
-            radius = round(1.6 * unit * 2**bits)
+        for n in np.flatnonzero(known[t]):
+            place, radius = places[t][n], round(1.6 * unit * 2**bits)
             if visible[t, n]:
                 cv2.circle(image, place, radius + 2**bits // 2, (0, 0, 0), -1, cv2.LINE_AA, bits)  # a dark rim
                 cv2.circle(image, place, radius, paint[n], -1, cv2.LINE_AA, bits)

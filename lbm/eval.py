@@ -6,6 +6,7 @@ torchrun --nproc_per_node 4 lbm/eval.py --checkpoint lbm.pt --dataset kinetics -
 
 import argparse
 import csv
+import math
 import sys
 import time
 from pathlib import Path
@@ -30,13 +31,31 @@ MODEL_KEYS = [
 COLUMNS = ("aj", "delta_avg", "oa", "delta_1", "delta_2", "delta_4", "delta_8", "delta_16")
 
 
-def tracker(model: LBM, device: torch.device, dtype: torch.dtype | None = None, chunk: int | None = None):
+def number(kind, low, high=math.inf):
+    """An argparse type: int or float in [low, high]."""
+
+    def convert(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} does not lie in {low} .. {high}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def tracker(
+    model: LBM,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+    spatial_penalty: float | None = None,
+):
     """A function (video uint8 (T, H, W, 3), queries (N, 3) (t, x, y)) -> tracks (T, N, 2), visible (T, N), as numpy arrays."""
 
     def track(video, queries):
         frames = torch.from_numpy(video).to(device).permute(0, 3, 1, 2)[None]  # (1, T, 3, H, W)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            out = model.inference(frames, torch.from_numpy(queries).float()[None].to(device), chunk=chunk)
+            out = model.inference(frames, torch.from_numpy(queries).float()[None].to(device), spatial_penalty, chunk)
         return out["points"][0].float().cpu().numpy(), out["visibility"][0].cpu().numpy()
 
     return track
@@ -74,10 +93,11 @@ def evaluate(
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
     bar: bool = False,
+    spatial_penalty: float | None = None,
 ) -> dict:
     """`score` of a copy of the model with its memory extended (null: the set's usual size). The model itself is left as it is."""
     net = model.with_memory_size(memory_size or MEMORY_SIZE[dataset])
-    return score(tracker(net, device, dtype, chunk), root, dataset, query_mode, limit, bar)
+    return score(tracker(net, device, dtype, chunk, spatial_penalty), root, dataset, query_mode, limit, bar)
 
 
 def table(results: dict[str, dict]) -> str:
@@ -103,7 +123,7 @@ def load_model(path: str, device: torch.device, config_file: str | None = None) 
         cfg = config.parse(["--config", config_file], __doc__, Path(__file__).parent / "configs" / "default.yaml")
         shape = {key: cfg[key] for key in MODEL_KEYS}
     else:
-        shape = stored_config(path)
+        shape = stored_config(path) | {"msda": "auto"}  # the kernel it was trained with may not work here
     model = LBM(**shape)
     for note in load_checkpoint(model, path)["notes"]:
         print(note, file=sys.stderr)
@@ -118,15 +138,22 @@ def main() -> None:
     parser.add_argument("--config", help="config with the model's shape, where the checkpoint does not hold it")
     parser.add_argument("--query_mode", default="first", choices=["first", "strided"])
     parser.add_argument(
-        "--memory_size", type=int, help="memory slots; default 20 davis and rgb_stacking, 36 kinetics, 60 robotap"
+        "--memory_size", type=number(int, 1), help="memory slots; default 20 davis and rgb_stacking, 36 kinetics, 60 robotap"
     )
-    parser.add_argument("--vis_threshold", type=float, help="a point is reported visible above this probability; default 0.8")
+    parser.add_argument(
+        "--vis_threshold", type=number(float, 0, 1), help="a point is visible above this probability; default: the checkpoint's"
+    )
+    parser.add_argument(
+        "--spatial_penalty", type=number(float, 1e-3), help="correlations decay over so many cells from the last position"
+    )
     parser.add_argument("--amp", default="off", choices=["off", "on", "bf16", "fp16"])
-    parser.add_argument("--limit", type=int, help="only the first so many videos")
-    parser.add_argument("--chunk", type=int, help="track at most so many points at a time, to bound memory")
+    parser.add_argument("--limit", type=number(int, 1), help="only the first so many videos")
+    parser.add_argument("--chunk", type=number(int, 1), help="track at most so many points at a time, to bound memory")
     parser.add_argument("--baselines", action="store_true", help="also score 'points never move' and pyramidal Lucas-Kanade")
     parser.add_argument("--out", help="CSV file with one row per video")
     args = parser.parse_args()
+    if args.out and not Path(args.out).parent.is_dir():
+        parser.error(f"--out {args.out}: no such folder to write to")
 
     device = dist.init()
     model = load_model(args.checkpoint, device, args.config)
@@ -138,7 +165,8 @@ def main() -> None:
     if args.baselines:
         results["points never move"] = score(baselines.still, args.data, args.dataset, args.query_mode, args.limit)
         results["Lucas-Kanade (OpenCV)"] = score(baselines.lucas_kanade, args.data, args.dataset, args.query_mode, args.limit)
-    mine = evaluate(model, args.data, args.dataset, device, args.query_mode, args.memory_size, args.limit, dtype, args.chunk, bar)
+    how = (args.query_mode, args.memory_size, args.limit, dtype, args.chunk, bar, args.spatial_penalty)
+    mine = evaluate(model, args.data, args.dataset, device, *how)
     results[Path(args.checkpoint).stem] = mine
     rows = dist.gather(mine["per_video"])
     if dist.is_main():

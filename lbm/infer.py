@@ -17,7 +17,7 @@ import torch
 from common import dist
 from common.io import contact_sheet, read_image, write_image
 from lbm.draw import draw_tracks
-from lbm.eval import load_model
+from lbm.eval import load_model, number
 from lbm.model import point_grid
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -59,6 +59,8 @@ def read_points(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     frames, height, width = shape[:3]
     if points.ndim != 2 or points.shape[1] != 3:
         raise SystemExit(f"{path}: points have shape {points.shape}, expected (N, 3) with columns frame, x, y")
+    if not (points[:, 0] == np.round(points[:, 0])).all():
+        raise SystemExit(f"{path}: the first column holds frames, which are whole numbers from 0 to {frames - 1}")
     inside = (points >= 0).all(1) & (points[:, 0] < frames) & (points[:, 1] <= width) & (points[:, 2] <= height)
     if not inside.all():
         raise SystemExit(
@@ -82,14 +84,21 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="weights: ours, released lbm.pt, or an official training file")
     parser.add_argument("--video", required=True, type=Path, help="video file or folder of frames")
     parser.add_argument("--out", required=True, type=Path, help="output folder")
-    parser.add_argument("--grid", type=int, default=10, help="track a grid of so many x so many points of the first frame")
+    parser.add_argument(
+        "--grid", type=number(int, 1), default=10, help="track a grid of so many x so many points of the first frame"
+    )
     parser.add_argument(
         "--points", type=Path, help="track these points instead: lines 'frame, x, y' in pixels, or an (N, 3) .npy"
     )
     parser.add_argument("--config", help="config with the model's shape, where the checkpoint does not hold it")
-    parser.add_argument("--memory_size", type=int, default=20, help="memory slots")
-    parser.add_argument("--vis_threshold", type=float, help="a point is drawn as visible above this probability; default 0.8")
-    parser.add_argument("--max_frames", type=int, help="stop after so many frames")
+    parser.add_argument("--memory_size", type=number(int, 1), default=20, help="memory slots; default 20")
+    parser.add_argument(
+        "--vis_threshold", type=number(float, 0, 1), help="a point is visible above this probability; default: the checkpoint's"
+    )
+    parser.add_argument(
+        "--spatial_penalty", type=number(float, 1e-3), help="correlations decay over so many cells from the last position"
+    )
+    parser.add_argument("--max_frames", type=number(int, 1), help="stop after so many frames")
     parser.add_argument("--amp", default="on", choices=["off", "on", "bf16", "fp16"], help="on a GPU only")
     args = parser.parse_args()
 
@@ -107,11 +116,14 @@ def main() -> None:
     dtype = dist.autocast_dtype(args.amp, device) if device.type == "cuda" else None
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         out = model.inference(
-            torch.from_numpy(video).permute(0, 3, 1, 2)[None].to(device), torch.from_numpy(queries)[None].to(device)
+            torch.from_numpy(video).permute(0, 3, 1, 2)[None].to(device),
+            torch.from_numpy(queries)[None].to(device),
+            args.spatial_penalty,
         )
     tracks, visible, uncertainty = (out[key][0].float().cpu().numpy() for key in ("points", "visibility", "uncertainty"))
     started = np.arange(frames)[:, None] >= queries[:, 0]  # (T, N): before its query a point has no track
     visible = (visible > 0) & started
+    tracks[~started] = uncertainty[~started] = np.nan
 
     args.out.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(

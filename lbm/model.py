@@ -72,10 +72,15 @@ class LBM(nn.Module):
             raise ValueError(f"input_size {tuple(input_size)}: height and width must be multiples of {STRIDE} and at least 32")
         cells = input_size[0] * input_size[1] // STRIDE**2
         for name, value, low, high in (
-            ("num_layers", num_layers, 2, math.inf), ("num_heads", num_heads, 1, DIM), ("num_neighbors", num_neighbors, 1, math.inf),
-            ("top_k_regions", top_k_regions, 1, cells), ("memory_size", memory_size, 1, math.inf), ("dropout", dropout, 0, 0.99),
-            ("random_memory_mask_drop", random_memory_mask_drop, 0, 1), ("visibility_threshold", visibility_threshold, 0, 1),
-        ):  # fmt: skip
+            ("num_layers", num_layers, 2, math.inf),
+            ("num_heads", num_heads, 1, DIM),
+            ("num_neighbors", num_neighbors, 1, math.inf),
+            ("top_k_regions", top_k_regions, 1, cells),
+            ("memory_size", memory_size, 1, math.inf),
+            ("dropout", dropout, 0, 0.99),
+            ("random_memory_mask_drop", random_memory_mask_drop, 0, 1),
+            ("visibility_threshold", visibility_threshold, 0, 1),
+        ):
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}; it must lie in {low} .. {high}")
         self.input_size, self.memory_size = tuple(input_size), memory_size
@@ -372,8 +377,9 @@ def _match(module: nn.Module, state: dict, path) -> None:
 
 
 def read_checkpoint(path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Weights by name without 'module.', and what else the file holds: released {'model': ...}, official training files (optimizer,
-    epoch, a Namespace in 'args'), or a bare state dict.
+    """Weights by name without 'module.', and all that the file holds beside them.
+
+    Reads released {'model': ...}, official training files (optimizer, epoch, a Namespace in 'args'), and a bare state dict.
 
     Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
     """

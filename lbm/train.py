@@ -27,7 +27,7 @@ from lbm.dataset import KubricDataset
 from lbm.draw import draw_tracks
 from lbm.eval import MODEL_KEYS, evaluate, table
 from lbm.model import LBM, LOSS_NAMES, load_checkpoint, load_resnet18
-from lbm.tapvid import find_files
+from lbm.tapvid import FILES, find_files
 
 REFERENCE = Path(__file__).parent / "configs" / "default.yaml"
 ALIASES = {
@@ -37,6 +37,25 @@ ALIASES = {
     "checkpoint_path": "checkpoint",
     "model_save_path": "workspace",
 }
+
+
+LEAST = {"T": 2, "vis_every": 0}
+LEAST |= dict.fromkeys(("N", "bs", "epoch_num", "max_steps", "log_every", "validate_videos", "eval_memory_size"), 1)
+
+
+def check(cfg) -> None:
+    """SystemExit naming the key for what would train nothing, or fail only later; the model checks its own arguments."""
+    for key, least in LEAST.items():
+        if cfg[key] is not None and cfg[key] < least:
+            raise SystemExit(f"{key} is {cfg[key]}: it must be at least {least}")
+    if not cfg.grad_clip > 0:
+        raise SystemExit(f"grad_clip is {cfg.grad_clip:g}, which leaves no gradient; 1e9 clips nothing")
+    if cfg.eval_dataset not in FILES:
+        raise SystemExit(f"eval_dataset is '{cfg.eval_dataset}', it must be one of {', '.join(FILES)}")
+    if cfg.tapvid_root:
+        find_files(cfg.tapvid_root, cfg.eval_dataset)  # missing: an error now, not after the first epoch
+    elif cfg.validation:
+        raise SystemExit("validation needs data: set tapvid_root")
 
 
 def model_config(cfg) -> dict:
@@ -110,7 +129,10 @@ def train_step(
 
 
 def validate(model: LBM, cfg, device: torch.device) -> dict[str, float]:
-    """TAP-Vid metrics (x100) of the config's validation set, shared out over the ranks; the model keeps its state."""
+    """TAP-Vid metrics (x100) of the config's validation set, shared out over the ranks; the weights stay as they are."""
+    if dist.world_size() > 1:
+        for buffer in model.buffers():  # BatchNorm statistics: the first rank's are those that are saved
+            torch.distributed.broadcast(buffer, 0)
     scores = evaluate(
         model, cfg.tapvid_root, cfg.eval_dataset, device, memory_size=cfg.eval_memory_size, limit=cfg.validate_videos
     )
@@ -127,21 +149,24 @@ def picture(batch: dict, out: dict[str, Tensor]):
     return contact_sheet([true[t] for t in shown] + [mine[t] for t in shown], columns=len(shown))
 
 
-def resume(cfg, checkpoints: Checkpoints, model: LBM, optimizer, scaler, log: Logger, steps_per_epoch: int) -> dict:
-    """Load what `checkpoint` names. Returns {"step", "skipped", "best"}, zero and empty for a new run."""
-    start, path = {"step": 0, "skipped": 0, "best": {}}, Path(str(cfg.checkpoint))
+def resume(cfg, checkpoints: Checkpoints, model: LBM, optimizer, scaler, log: Logger) -> dict:
+    """Load what `checkpoint` names. Returns {"step", "epoch", "skipped", "best"}, zero and empty for a new run; an official file
+    counts epochs only."""
+    start, path = {"step": 0, "epoch": 0, "skipped": 0, "best": {}}, Path(str(cfg.checkpoint))
     if path.is_file() and not Checkpoints.owns(path):  # an official file, or a best_*.pt of ours
         loaded = load_checkpoint(model, path)
         if loaded["optimizer"] is not None:
             apply_optimizer(optimizer, scaler, loaded)
-            start["step"] = loaded["epoch"] * steps_per_epoch
-        notes = [*loaded["notes"], f"{path}: weights loaded, going on at step {start['step']}"]
+            start["epoch"] = loaded["epoch"] or 0
+        notes = [*loaded["notes"], f"{path}: weights loaded, going on at epoch {start['epoch']}"]
     elif state := checkpoints.load(cfg.checkpoint):
         apply_weights(model, state[""]["model"])
         apply_optimizer(optimizer, scaler, state["optimizer"])
-        start = {"step": state["step"], "skipped": state["optimizer"]["skipped"], "best": state["optimizer"]["best"]}
+        start |= {"step": state["step"], "skipped": state["optimizer"]["skipped"], "best": state["optimizer"]["best"]}
         notes = [f"resumed at step {state['step']}"]
     else:
+        if cfg.validation and not cfg.init:
+            raise SystemExit(f"validation: no checkpoint in {checkpoints.folder}; name one as checkpoint, or weights as init")
         notes = load_resnet18(model, cfg.resnet18) if cfg.resnet18 else []
         notes += load_checkpoint(model, cfg.init)["notes"] + [f"weights from {cfg.init}"] if cfg.init else []
     for note in notes:
@@ -151,6 +176,7 @@ def resume(cfg, checkpoints: Checkpoints, model: LBM, optimizer, scaler, log: Lo
 
 def main() -> None:
     cfg = config.parse(sys.argv[1:], __doc__, REFERENCE, aliases=ALIASES)
+    check(cfg)
     device = dist.init(cfg.timeout)
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 convolutions, which have two layouts
     stop, world, folder = dist.StopSignal(), dist.world_size(), Path(cfg.workspace)
@@ -160,31 +186,28 @@ def main() -> None:
     torch.backends.cudnn.benchmark = not cfg.deterministic
     torch.manual_seed(cfg.seed)  # initial weights: the same on all ranks
 
-    dataset = build_dataset(cfg)
-    if cfg.tapvid_root:
-        find_files(cfg.tapvid_root, cfg.eval_dataset)  # missing: an error now, not after the first epoch
-    clips = cfg.bs * world  # per step
-    steps_per_epoch = max(1, len(dataset) // clips)
-    total_steps = steps_per_epoch * cfg.epoch_num  # of the schedule
-    last_step = min(total_steps, cfg.max_steps or total_steps)
-    save_every, validate_every = cfg.save_every or steps_per_epoch, cfg.validate_every or steps_per_epoch
-
     model = build_model(cfg).to(device)
     optimizer = build_optimizer(model, cfg)
     dtype = dist.autocast_dtype(cfg.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     checkpoints = Checkpoints(folder / "checkpoint", cfg.keep_last, cfg.keep_every, log.text)
-    start = resume(cfg, checkpoints, model, optimizer, scaler, log, steps_per_epoch)
-    step, best = start["step"], start["best"]
+    start = resume(cfg, checkpoints, model, optimizer, scaler, log)
+    if cfg.validation:
+        log.text(table({cfg.eval_dataset: validate(model, cfg, device)}))
+        return dist.shutdown()
+
+    dataset = build_dataset(cfg)
+    clips = cfg.bs * world  # per step
+    steps_per_epoch = max(1, len(dataset) // clips)
+    total_steps = steps_per_epoch * cfg.epoch_num  # of the schedule
+    last_step = min(total_steps, cfg.max_steps or total_steps)
+    save_every, validate_every = cfg.save_every or steps_per_epoch, cfg.validate_every or steps_per_epoch
+    step, best = start["step"] or start["epoch"] * steps_per_epoch, start["best"]
     log.text(
         f"{len(dataset)} clips; {cfg.bs} a rank x {world} ranks = {clips} clips a step, {steps_per_epoch} steps an epoch, "
         f"steps {step}..{last_step} of {total_steps}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
         f"amp {str(dtype).removeprefix('torch.')}, msda {model.msda_name(device)}"
     )
-    if cfg.validation:
-        log.text(table({Path(cfg.checkpoint).stem: validate(model, cfg, device)}))
-        return dist.shutdown()
-
     if cfg.compile:
         model.compile_step()
     guard = StepGuard(model, cfg.max_bad_steps, start["skipped"], log.text)
@@ -216,7 +239,7 @@ def main() -> None:
                 "train/bad_samples": bad.total(),
             }
             log.scalars(step, losses | state | progress.update(step, losses["loss/loss"], out["lr"], clips))
-        if step % cfg.vis_every == 0 and dist.is_main():
+        if cfg.vis_every and step % cfg.vis_every == 0 and dist.is_main():
             log.image(step, "train/tracks", picture(batch, out))
         if cfg.tapvid_root and (step % validate_every == 0 or step == last_step):
             scores = validate(model, cfg, device)
@@ -237,7 +260,8 @@ def main() -> None:
                 run = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "skipped": guard.skipped, "best": best}
                 checkpoints.save(step, {"": {"model": model.state_dict(), "config": model_config(cfg)}, "optimizer": run})
         if stopping:
-            log.text(f"stop signal: saved at step {step}; the same command goes on from here")
+            way = "the same command" if cfg.checkpoint == "latest" else "the same command with --checkpoint latest"
+            log.text(f"stop signal: saved at step {step}; {way} goes on from here")
             break
     progress.close()
     failed = checkpoints.wait()

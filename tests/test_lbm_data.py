@@ -506,6 +506,37 @@ def test_commands_explain_errors(tmp_path, capsys):
         assert "nowhere" in capsys.readouterr().err
 
 
+def test_commands_refuse_what_cannot_be(kubric, tmp_path, capsys):
+    for words in (["--pack", str(kubric), "--quality", "-5"], ["--convert", "a", "b", "--stride", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            dataset.main(words)
+        assert words[-2] in capsys.readouterr().err
+    assert dataset.main(["--check", str(kubric), "--out", str(tmp_path / "chk")]) == 1
+    told = capsys.readouterr().err
+    assert "chk: OpenCV writes no such picture" in told and "seq/s" not in told  # before the scan
+
+
+def test_convert_names_the_file_that_does_not_fit(tmp_path, capsys):
+    folder = tmp_path / "toy"
+    for t in range(6):
+        write_image(folder / "frames" / f"{t}.png", np.zeros((16, 16 + 2 * (t == 5), 3), np.uint8))
+    good = {"frames": [f"{t}.png" for t in range(5)], "tracks": np.zeros((5, 20, 2)), "visible": np.ones((5, 20), bool)}
+    for change, message in (
+        ({"tracks": np.zeros((20, 5, 2))}, r"tracks.npz: frames (5,), tracks (20, 5, 2)"),
+        ({"known": np.ones(20, bool)}, "tracks.npz: frames (5,)"),
+        ({"frames": ["0.png", "1.png"]}, "tracks.npz: frames (2,)"),
+        ({"frames": [f"{t}.png" for t in range(1, 6)]}, "frames: the pictures differ in size: [(16, 16), (16, 18)]"),
+        ({}, "toy: 5 frames, no training clip of 24"),
+        ({}, "toy: no 24 frames that begin with 16 visible points"),
+    ):
+        np.savez(folder / "tracks.npz", **good | change)
+        assert dataset.main(["--convert", str(folder), str(tmp_path / "out")]) == 1
+        assert message in capsys.readouterr().err
+    (folder / "tracks.npz").write_bytes(b"PK")
+    assert dataset.main(["--convert", str(folder), str(tmp_path / "out")]) == 1 and "tracks.npz" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_convert_own_tracks(tmp_path):
     rng = np.random.default_rng(0)
     source, video = tmp_path / "source" / "toy", [smooth(rng, 96, 128) for _ in range(20)]
@@ -707,6 +738,8 @@ def test_drawing():
     assert np.abs(pictures[4, 50, 20].astype(int) - 90).sum() < np.abs(pictures[0, 50, 20].astype(int) - 90).sum()  # ring, dot
     empty = draw.draw_tracks(frames, tracks[:, :0], visible[:, :0])
     assert np.array_equal(empty, frames)
+    nothing = draw.draw_tracks(frames, np.full_like(tracks, np.nan), visible & False)  # no rings
+    assert np.array_equal(nothing, frames)
     wild = draw.draw_tracks(frames, np.where(tracks > 40, np.nan, 1e12), visible)
     assert wild.shape == frames.shape
     sheet = contact_sheet([*pictures, pictures[0, :32]], columns=4, gap=2)

@@ -515,10 +515,11 @@ def test_query_tokens_equal_grid_sample():
 
 
 def test_constructor_refuses_what_cannot_be():
-    fixed = ({"embed_dim": 128}, {"stride": 8}, {"num_levels": 3}, {"num_neighbors": 0}, {"top_k_regions": 5000}, {"memory_size": 0})
-    for config in ({"num_layers": 1}, {"input_size": (30, 64)}, {"dropout": 1.0}, {"visibility_threshold": 2}, *fixed):
-        with pytest.raises(ValueError, match=next(iter(config))):
-            LBM(**({"input_size": SIZE} | config))
+    wrong = {"num_layers": 1, "input_size": (30, 64), "embed_dim": 128, "stride": 8, "num_levels": 3, "num_neighbors": 0}
+    wrong |= {"top_k_regions": 5000, "memory_size": 0, "dropout": 1.0, "visibility_threshold": 2}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=name):
+            LBM(**({"input_size": SIZE} | {name: value}))
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

@@ -1,5 +1,6 @@
 """lbm/train.py, eval.py and infer.py as a user runs them: real processes, real signals, generated clips."""
 
+import csv
 import os
 import shutil
 import socket
@@ -59,7 +60,8 @@ def straight(clips, tmp_path_factory):
 
 def test_stopped_and_resumed_run_is_bit_identical(tiny, tmp_path, straight):
     args = tiny("resumed", "--bs", "2", "--save_every", "100", "--keep_last", "9", "--max_steps", "6")
-    run_until_sigterm(tmp_path / "resumed", *args)
+    output = run_until_sigterm(tmp_path / "resumed", *args, "--checkpoint", "none")
+    assert "the same command with --checkpoint latest goes on from here" in output
     assert "resumed at step" in run(*args, "--workers", "0")
     same_end(tmp_path / "resumed", straight, 6)
 
@@ -171,6 +173,8 @@ def test_users_command_validation_best_checkpoints_and_tensorboard(clips, tmp_pa
         "--baselines",
         "--limit",
         "2",
+        "--memory_size",
+        "8",
         "--out",
         tmp_path / "videos.csv",
         ranks=2,
@@ -180,6 +184,9 @@ def test_users_command_validation_best_checkpoints_and_tensorboard(clips, tmp_pa
         and "Lucas-Kanade" in output
         and len((tmp_path / "videos.csv").read_text().splitlines()) == 3
     )
+    rows, logged = list(csv.DictReader((tmp_path / "videos.csv").open())), metrics(folder)[2]
+    for name in ("oa", "delta_avg"):  # the scores are those of the weights saved with them: on all ranks, those of the first
+        assert np.mean([float(row[name]) for row in rows]) == pytest.approx(logged[f"val/{name}"], abs=1e-9), name
 
     frames = clips / "movi_f" / "0000" / "frames"
     (tmp_path / "points.csv").write_text("0, 10.5, 20\n2, 30, 40\n")
@@ -198,6 +205,9 @@ def test_users_command_validation_best_checkpoints_and_tensorboard(clips, tmp_pa
     assert (
         stored["tracks"].shape == (6, 2, 2)
         and not stored["visible"][:2, 1].any()
+        and np.isnan(stored["tracks"][:2, 1]).all()
+        and np.isnan(stored["uncertainty"][:2, 1]).all()
+        and np.isfinite(stored["tracks"][2:]).all()
         and (tmp_path / "out" / "tracks.mp4").stat().st_size > 0
     )
     again = run(

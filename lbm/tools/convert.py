@@ -12,8 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository root in
 
 import torch
 
-from lbm.eval import stored_config
-from lbm.model import LBM, load_checkpoint
+from lbm.model import read_checkpoint
 
 
 def main() -> None:
@@ -21,13 +20,11 @@ def main() -> None:
     parser.add_argument("-i", "--input", required=True, type=Path)
     parser.add_argument("-o", "--output", required=True, type=Path)
     args = parser.parse_args()
-    model = LBM(**stored_config(args.input))
-    for note in load_checkpoint(model, args.input)["notes"]:
-        print(note)
+    weights, _ = read_checkpoint(args.input)
     temporary = args.output.with_name(args.output.name + ".tmp")
-    torch.save({"model": model.state_dict()}, temporary)
+    torch.save({"model": weights}, temporary)
     os.replace(temporary, args.output)
-    print(f"{args.output}: {len(model.state_dict())} tensors, without optimizer and config")
+    print(f"{args.output}: {len(weights)} tensors, without optimizer and config")
 
 
 if __name__ == "__main__":
