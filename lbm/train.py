@@ -130,9 +130,7 @@ def train_step(
 
 def validate(model: LBM, cfg, device: torch.device) -> dict[str, float]:
     """TAP-Vid metrics (x100) of the config's validation set, shared out over the ranks; the weights stay as they are."""
-    if dist.world_size() > 1:
-        for buffer in model.buffers():  # BatchNorm statistics: the first rank's are those that are saved
-            torch.distributed.broadcast(buffer, 0)
+    dist.broadcast_buffers(model)  # the scores are those of the weights that are saved
     scores = evaluate(
         model, cfg.tapvid_root, cfg.eval_dataset, device, memory_size=cfg.eval_memory_size, limit=cfg.validate_videos
     )
