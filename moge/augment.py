@@ -236,9 +236,9 @@ def prepare_evaluation(
     labels {name: id}. Depth beyond drop_max_depth times the 1 % quantile is dropped; depth_unit: metres per unit, makes the
     sample metric. Of the labels the max_segments largest of at least min_seg_area pixels are kept, without undefined,
     unannotated, background, sky. Returns image (H, W, 3) uint8, depth (H, W), points (H, W, 3) float32 (1 and its ray where
-    unknown), depth_mask, depth_mask_inf (H, W) bool, intrinsics (3, 3), is_metric, and segmentation (H, W), labels where given.
-    Without any depth the mask is full, the depth 1. rng: draw the view instead, as in training, with half to all of the source's
-    field of view (the crops of the MoGe-1 paper's tests of the field of view).
+    unknown), depth_mask, depth_mask_inf (H, W) bool, intrinsics (3, 3), is_metric, has_depth, and segmentation (H, W), labels
+    where given. Without any depth (has_depth False) the mask is full, the depth 1. rng: draw the view instead, as in training,
+    with half to all of the source's field of view (the crops of the MoGe-1 paper's tests of the field of view).
     """
     K = np.asarray(instance["intrinsics"], np.float64)
     aspect, fx, fy = width / height, K[0, 0], K[1, 1]
@@ -269,7 +269,8 @@ def prepare_evaluation(
 
     mask, mask_inf = pick(mask.numpy().astype(np.uint8)) > 0, pick(mask_inf.numpy().astype(np.uint8)) > 0
     depth = (pick(distance) / np.linalg.norm(rays, axis=-1)).astype(np.float32)
-    if mask.any():
+    has_depth = bool(mask.any())
+    if has_depth:
         mask &= depth <= drop_max_depth * np.quantile(depth[mask], 0.01)
         depth = depth * np.float32(1 if depth_unit is None else depth_unit)
     else:
@@ -283,6 +284,7 @@ def prepare_evaluation(
         "depth_mask_inf": mask_inf,
         "intrinsics": K_new.astype(np.float32),
         "is_metric": depth_unit is not None,
+        "has_depth": has_depth,
     }
     if instance.get("segmentation") is not None:
         segmentation = pick(cv2.resize(instance["segmentation"], size[::-1], interpolation=cv2.INTER_NEAREST))

@@ -53,7 +53,7 @@ class Source:
         self.depth = entry.get("depth") or "depth.png"
         self.aspect = options(entry, defaults, "aspect_ratio_range")
         self.process = {key: options(entry, defaults, key) for key in DEFAULTS if key != "aspect_ratio_range"}
-        self.process |= {"clamp_max_depth": defaults.get("clamp_max_depth") or 1000.0}
+        self.process["clamp_max_depth"] = 1000.0 if defaults.get("clamp_max_depth") is None else defaults["clamp_max_depth"]
         self.process |= {key: entry.get(key) for key in ("depth_unit", "finite_depth_mask")}
         try:
             self._validate()
@@ -74,6 +74,8 @@ class Source:
                 raise self.error(f"{key} {list(value)} must be two positive numbers, the lower first")
         if not self.process["fov_range_absolute"][1] < 180 or not self.process["fov_range_relative"][1] <= 1:
             raise self.error("fields of view end below 180 degrees, and relative ones at 1, the whole of the source's")
+        if not self.process["clamp_max_depth"] > 0:
+            raise self.error(f"clamp_max_depth {self.process['clamp_max_depth']} must be positive")
         if not 0 <= self.process["center_augmentation"] <= 1:
             raise self.error(f"center_augmentation {self.process['center_augmentation']} must lie in 0..1")
         if unknown := sorted(set(self.process["image_augmentation"]) - set(AUGMENTATIONS)):
@@ -126,7 +128,7 @@ class MoGeDataset:
         """The sample of a key (position, width, height), as `moge.augment.process_instance` returns it, and its `name`.
 
         normal is float16, and left out without `normals`. Another attempt takes another instance of the same data set. A view
-        that shows no depth ("invalid") is replaced by other instances' views, four times at most: it would teach nothing.
+        that shows no depth ("invalid") is replaced by another instance's: it would teach nothing. ValueError after five in a row.
         """
         position, width, height = key
         source = self.sources[choose(self.seed, position, self.weights)]
@@ -139,13 +141,18 @@ class MoGeDataset:
             sample = process_instance(source.instance(item), width, height, rng, **source.process, normals=self.normals)
             if sample["label_type"] == source.label_type:
                 break
+        else:
+            advice = f"python moge/dataset.py --check {source.root} lists the instances without"
+            raise ValueError(f"data set {source.name}: five views in a row show no depth; {advice}")
         if self.normals:
             sample["normal"] = sample["normal"].astype(np.float16)
         return sample | {"name": f"{source.name}/{source.names[item].decode()}"}
 
 
 def in_use(datasets: Sequence[dict]) -> list[dict]:
-    """The entries whose weight is not 0; ValueError if none is left."""
+    """The entries whose weight is not 0; ValueError if none is left, or one is no dict."""
+    if odd := [entry for entry in datasets or () if not isinstance(entry, dict)]:
+        raise ValueError(f"data.datasets: {odd[0]!r} must be keys and values, {{path, label_type, ...}}")
     entries = [entry for entry in datasets or () if entry.get("weight", 1) != 0]
     if not entries:
         raise ValueError("data.datasets: no data set with a weight above 0")
@@ -155,8 +162,8 @@ def in_use(datasets: Sequence[dict]) -> list[dict]:
 def check_sizes(sizes: Sequence | None, area: Sequence | None) -> None:
     """ValueError for sizes that are no [width, height] of at least 14 pixels, or an area range that does not ascend from 196."""
     for size in sizes or ():
-        if len(size) != 2 or min(size) < 14:
-            raise ValueError(f"data.image_sizes: {list(size)} must be [width, height], 14 pixels (a patch) or more each")
+        if not isinstance(size, Sequence) or len(size) != 2 or min(size) < 14:
+            raise ValueError(f"data.image_sizes: {size} must be [width, height], 14 pixels (a patch) or more each")
     if area and (len(area) != 2 or not 196 <= area[0] <= area[1]):
         raise ValueError(f"data.area_range {list(area)} must be two numbers of pixels, the lower first, at least 196 (a patch)")
 

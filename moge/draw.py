@@ -8,7 +8,7 @@ import torch
 
 from common.io import colorize, contact_sheet, write_image
 from moge.alignment import align_depth_scale
-from moge.geometry import masked_nearest_resize, points_to_normal
+from moge.geometry import depth_to_points, masked_nearest_resize, points_to_normal
 
 
 def depth_picture(depth: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
@@ -71,11 +71,26 @@ def panel(image: np.ndarray, truth: np.ndarray, mask: np.ndarray, out: dict[str,
     return contact_sheet([image, *pictures], columns=6)
 
 
+def draw_truth(samples: list[dict], folder: Path) -> None:
+    """Write image.jpg, points.npy (float32), depth_vis.png, normal.png and info.json of training samples (dicts of
+    `MoGeDataset.read`) into folder/NNNN.
+    """
+    for number, sample in enumerate(samples):
+        to, depth, K = folder / f"{number:04d}", sample["depth"], sample["intrinsics"]
+        points = depth_to_points(torch.from_numpy(depth), torch.from_numpy(K)).numpy()
+        write_image(to / "image.jpg", sample["image"])
+        write_image(to / "depth_vis.png", depth_picture(depth))
+        write_image(to / "normal.png", normal_picture(map_normals(points, np.isfinite(depth))))
+        np.save(to / "points.npy", points)
+        info = {"name": sample["name"], "label_type": sample["label_type"], "intrinsics": K.tolist()}
+        (to / "info.json").write_text(json.dumps(info))
+
+
 def draw_samples(model, samples: list[dict], log, step: int) -> None:
     """Predictions of a model in eval mode for fixed training samples (dicts of `MoGeDataset.read`).
 
-    Written under the log's folder: once vis/gt/NNNN/ (image, depth_vis, info.json), each time vis/step_{step}/NNNN/ (image,
-    depth_vis, normal_vis, mask); and to TensorBoard panels of image, true depth, predicted depth, normals, error and mask.
+    Written under the log's folder: vis/step_{step}/NNNN/ (image, points.npy as float16, depth_vis, normal_vis, mask); and to
+    TensorBoard panels of image, true depth, predicted depth, normals, error and mask.
     """
     rows, device = [], next(model.parameters()).device
     for number, sample in enumerate(samples):
@@ -84,14 +99,11 @@ def draw_samples(model, samples: list[dict], log, step: int) -> None:
         batch = torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255
         out = {k: v.cpu().numpy() for k, v in model.infer(batch, num_tokens=model.num_tokens_range[0], apply_mask=False).items()}
         rows.append(panel(image, truth, mask, out))
-        gt, mine = log.folder / "vis" / "gt" / f"{number:04d}", log.folder / "vis" / f"step_{step:08d}" / f"{number:04d}"
-        write_image(gt / "image.jpg", image)
-        write_image(gt / "depth_vis.png", depth_picture(truth))
-        info = {"name": sample["name"], "label_type": sample["label_type"], "intrinsics": sample["intrinsics"].tolist()}
-        Path(gt / "info.json").write_text(json.dumps(info))
+        mine = log.folder / "vis" / f"step_{step:08d}" / f"{number:04d}"
         normal = out["normal"] if "normal" in out else map_normals(out["points"], np.isfinite(out["depth"]))
         pictures = {"depth_vis": depth_picture(out["depth"]), "normal_vis": normal_picture(normal), "mask": mask_picture(out["mask"])}
         write_image(mine / "image.jpg", image)
         for name, picture in pictures.items():
             write_image(mine / f"{name}.png", picture)
+        np.save(mine / "points.npy", out["points"].astype(np.float16))
     log.image(step, "vis/image_truth_depth_normals_error_mask", contact_sheet(rows[:8], columns=1))

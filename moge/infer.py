@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import dist
 from common.io import read_image, write_image, write_ply
 from moge.draw import depth_picture, map_normals, mask_picture, normal_picture
-from moge.eval import load_model
+from moge.eval import device_of, load_model, parse
 from moge.geometry import depth_edge
 from moge.io import write_depth, write_instance
 from moge.panorama import infer_panorama
@@ -108,31 +108,37 @@ def write_panorama(folder: Path, image: np.ndarray, out: dict[str, np.ndarray], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", "--pretrained", required=True, help="weights, ours or published")
-    parser.add_argument("--version", choices=["v1", "v2"], help="insist on this version of the model")
     parser.add_argument("-i", "--input", required=True, type=Path, help="image, or folder of images")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to write to")
     parser.add_argument("--panorama", action="store_true", help="the images are equirectangular, 2 : 1")
     parser.add_argument("--fov_x", type=float, help="horizontal field of view in degrees, where known; otherwise it is estimated")
     parser.add_argument("--resize", type=int, help="make images smaller whose longer side exceeds this")
-    parser.add_argument("--resolution_level", type=float, default=9, help="0 (fast) to 9 (fine)")
-    parser.add_argument("--num_tokens", type=int, help="instead of the level")
     parser.add_argument("--threshold", type=float, default=0.04, help="relative depth step of an edge: its pixels leave the point cloud")
     parser.add_argument("--no_maps", action="store_true", help="leave out the .npy files")
     parser.add_argument("--no_ply", action="store_true", help="leave out the point cloud")
     parser.add_argument("--fp32", action="store_true", help="single-precision network on a GPU; default: half")
     for flag in ("--fp16", "--maps", "--ply", "--glb", "--show"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)  # of old command lines: written anyway, or not offered
-    args = parser.parse_args()
+    args = parse(parser)
+    if args.fov_x is not None and not 0 < args.fov_x < 180:
+        parser.error("--fov_x lies between 0 and 180 degrees")
+    if args.resize is not None and args.resize < 14:
+        parser.error("--resize must be at least 14 pixels")
 
-    device = dist.init()
-    model = load_model(args.checkpoint, device, args.version)
-    images = find_images(args.input)
+    model = load_model(args.checkpoint, device_of(args.device), args.version)
+    images, bad = find_images(args.input), 0
+    mine = [*zip(images, out_folders(images, args.output))][dist.rank() :: dist.world_size()]
     options = {"resolution_level": args.resolution_level, "num_tokens": args.num_tokens, "use_fp16": not args.fp32}
-    for path, folder in tqdm([*zip(images, out_folders(images, args.output))], unit="image", disable=len(images) == 1):
+    for path, folder in tqdm(mine, unit="image", disable=len(images) == 1):
         try:
-            image = shrink(read_image(path), args.resize)
+            image = read_image(path)
+            if args.panorama and abs(image.shape[1] / image.shape[0] - 2) > 0.02:
+                raise ValueError(f"{path}: {image.shape[1]} x {image.shape[0]} pixels are no panorama, which is 2 : 1")
         except (OSError, ValueError) as error:
-            sys.exit(str(error))
+            tqdm.write(str(error), file=sys.stderr)
+            bad += 1
+            continue
+        image = shrink(image, args.resize)
         if args.panorama:
             text = write_panorama(folder, image, infer_panorama(model, image, **options), not args.no_maps, not args.no_ply)
         else:
@@ -140,6 +146,7 @@ def main() -> None:
             text = write_image_result(folder, image, out, args.threshold, not args.no_maps, not args.no_ply)
         tqdm.write(f"{folder}: {text}")
     dist.shutdown()
+    sys.exit(int(bad > 0))
 
 
 if __name__ == "__main__":

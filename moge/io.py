@@ -73,7 +73,7 @@ def write_normal(path: str | Path, normal: np.ndarray) -> None:
 def read_meta(path: str | Path) -> dict:
     """Everything in a meta.json, with `intrinsics` as (3, 3) float32. ValueError where they are absent or not normalised."""
     try:
-        meta = json.loads(Path(path).read_text(encoding="utf-8"))
+        meta = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not there; write {{'intrinsics': normalised 3 x 3}} into it") from None
     except (ValueError, RecursionError) as error:
@@ -88,9 +88,11 @@ def read_meta(path: str | Path) -> dict:
         raise ValueError(f"{path}: intrinsics must be 3 x 3 finite numbers, not {str(meta['intrinsics'])[:100]}")
     if np.abs(K[[1, 2, 2, 2], [0, 0, 1, 2]] - [0, 0, 0, 1]).max() > 1e-6 or min(K[0, 0], K[1, 1]) <= 0:
         raise ValueError(f"{path}: intrinsics must read [[fx, 0, cx], [0, fy, cy], [0, 0, 1]] with positive fx and fy, not {K.tolist()}")
-    if np.abs(K[:2, 2] - 0.5).max() > 1.5:  # in pixels they would be hundreds; a crop may well have its centre outside
+    # in pixels they would be hundreds; a crop may well have its centre outside, but no lens half a degree of view
+    if np.abs(K[:2, 2] - 0.5).max() > 1.5 or K[:2, :2].max() > 115:
         advice = "divide the first row by the image's width and the second by its height"
-        raise ValueError(f"{path}: intrinsics are not normalised, cx {K[0, 2]:g}, cy {K[1, 2]:g}: {advice}")
+        numbers = f"fx {K[0, 0]:g}, fy {K[1, 1]:g}, cx {K[0, 2]:g}, cy {K[1, 2]:g}"
+        raise ValueError(f"{path}: intrinsics are not normalised, {numbers}: {advice}")
     return {**meta, "intrinsics": K}
 
 
@@ -139,7 +141,7 @@ def read_index(root: str | Path, index: str = ".index.txt") -> list[str]:
         advice = "it names one instance folder per line: (cd ROOT && find . -name meta.json -printf '%h\\n' | sort > .index.txt)"
         raise FileNotFoundError(f"{path}: no such index; {advice}")
     try:
-        names = [line for line in map(str.strip, path.read_text(encoding="utf-8").split("\n")) if line]
+        names = [line for line in map(str.strip, path.read_text(encoding="utf-8-sig").split("\n")) if line]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file: {error}") from None
     if not names:

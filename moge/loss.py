@@ -314,32 +314,59 @@ def _norm(x: Tensor) -> Tensor:
     return x.square().sum(1).clamp_min(1e-30).sqrt()
 
 
-FUNCTIONS = (
-    "affine_invariant_global_loss",
-    "affine_invariant_local_loss",
-    "normal_loss",
-    "edge_loss",
-    "mask_l2_loss",
-    "mask_bce_loss",
-    "metric_scale_loss",
-    "normal_map_loss",
-)
+FUNCTIONS = {  # what of the model's output each needs, and its parameters
+    "affine_invariant_global_loss": ("points", ("align_resolution", "beta", "trunc", "sparsity_aware")),
+    "affine_invariant_local_loss": (
+        "points",
+        ("level", "align_resolution", "num_patches", "beta", "trunc", "sparsity_aware", "anchor_sampling"),
+    ),
+    "normal_loss": ("points", ()),
+    "edge_loss": ("points", ()),
+    "mask_l2_loss": ("mask", ()),
+    "mask_bce_loss": ("mask_logit", ()),  # the raw mask of v1 is no probability
+    "metric_scale_loss": ("points", ()),  # left out where the model has no such head
+    "normal_map_loss": ("normal", ()),
+}
 
 
-def check_table(table: dict[str, dict], label_types: Sequence[str] = ()) -> None:
-    """ValueError for an unknown loss function, a missing key, or a label type that the table does not have."""
+def _number(value, low: float = 0, kinds: tuple = (int, float)) -> bool:
+    return type(value) in kinds and low <= value < math.inf
+
+
+PARAMS = {  # what each parameter may be
+    **dict.fromkeys(("level", "align_resolution", "num_patches"), lambda v: _number(v, 1, (int,))),
+    "beta": _number,
+    "trunc": lambda v: v is None or (_number(v) and v > 0),
+    "sparsity_aware": lambda v: type(v) is bool,
+    "anchor_sampling": lambda v: v in ("importance", "uniform"),
+}
+
+
+def check_table(table: dict[str, dict], label_types: Sequence[str] = (), outputs: Sequence[str] | None = None) -> None:
+    """ValueError for what is wrong in a loss table, for label types that have no losses in it, and for losses of these that need
+    what is not among a model's outputs.
+    """
     for label, entries in table.items():
+        if not isinstance(entries, dict):
+            raise ValueError(f"loss {label} must be {{name: {{function, weight, params}}}}, not {entries!r}")
         for name, entry in entries.items():
-            if entry.get("function") not in FUNCTIONS:
-                raise ValueError(
-                    f"loss {label}.{name}: unknown function {entry.get('function')!r}; one of {', '.join(FUNCTIONS)}"
-                )
-            unknown = set(entry) - {"function", "weight", "params"}
-            if unknown or "weight" not in entry:
-                raise ValueError(f"loss {label}.{name} needs function and weight, and may have params; it has {sorted(entry)}")
+            where, keys = f"loss {label}.{name}", entry if isinstance(entry, dict) else {}
+            function, weight, given = keys.get("function"), keys.get("weight"), keys.get("params") or {}
+            if not keys.keys() <= {"function", "weight", "params"} or not _number(weight) or not isinstance(given, dict):
+                raise ValueError(f"{where} needs function and weight, a number, and may have a section params; it is {entry}")
+            if function not in FUNCTIONS:
+                raise ValueError(f"{where}: unknown function {function!r}; one of {', '.join(FUNCTIONS)}")
+            need, known = FUNCTIONS[function]
+            for key in given:
+                if key not in known or not PARAMS[key](given[key]):
+                    raise ValueError(f"{where}: {function} takes no params {key}: {given[key]!r}, but {', '.join(known) or 'none'}")
+            if "level" in known and "level" not in given:
+                raise ValueError(f"{where}: params need a level")
+            if outputs is not None and label in label_types and need not in outputs:
+                raise ValueError(f"{where}: {function} needs {need}, and the model gives {', '.join(outputs)}")
     for label in label_types:
-        if label not in table and label != "invalid":
-            raise ValueError(f"label type {label!r} is not in the loss table, which has {sorted(table)}")
+        if not table.get(label):
+            raise ValueError(f"label type {label!r} is not in the loss table, or has no losses there; it has {sorted(table)}")
 
 
 def total_loss(table: dict[str, dict], output: dict[str, Tensor], batch: dict) -> tuple[Tensor, dict[str, Tensor]]:

@@ -30,8 +30,8 @@ def rel_depth(pred: Tensor, gt: Tensor) -> float:
 
 
 def delta1_depth(pred: Tensor, gt: Tensor) -> float:
-    """Share of max(gt / pred, pred / gt) < 1.25; (N,)."""
-    return (torch.maximum(gt / pred, pred / gt) < 1.25).float().mean().item()
+    """Share of max(gt / pred, pred / gt) < 1.25, a prediction at or below 0 never; (N,)."""
+    return ((torch.maximum(gt / pred, pred / gt) < 1.25) & (pred > 0)).float().mean().item()
 
 
 def rel_point(pred: Tensor, gt: Tensor) -> float:
@@ -59,7 +59,8 @@ def boundary_f1(pred: Tensor, gt: Tensor, mask: Tensor, radius: int) -> float:
             if (i, j) != (0, 0) and i * i + j * j <= radius * radius + 1e-5:
                 moved = slice(radius + i, H - radius + i), slice(radius + j, W - radius + j)
                 both = mask[inner] & mask[moved]
-                p, g = (torch.bucketize((d[moved] / d[inner])[both], 1 + thresholds) for d in (pred, gt))
+                ratios = ((d[moved] / d[inner])[both].nan_to_num(0) for d in (pred, gt))  # NaN: no edge
+                p, g = (torch.bucketize(ratio, 1 + thresholds) for ratio in ratios)
                 joint += torch.bincount(p * 11 + g, minlength=121)
     above = joint.view(11, 11).flip(0, 1).cumsum(0).cumsum(1).flip(0, 1)  # [a, b]: pairs that exceed at least a and b thresholds
     hits, predicted, true = above.diagonal()[1:], above[1:, 0], above[0, 1:]

@@ -99,6 +99,13 @@ def uv_planes(x: Tensor, width: int, height: int, aspect: float) -> Tensor:
     return uv.permute(2, 0, 1).expand(x.shape[0], -1, -1, -1)
 
 
+def check_range(tokens: Sequence[int]) -> list[int]:
+    """num_tokens_range as a list; ValueError unless it is two whole numbers, the lower first."""
+    if not isinstance(tokens, Sequence) or [type(n) for n in tokens] != [int, int] or not 0 < tokens[0] <= tokens[1]:
+        raise ValueError(f"num_tokens_range {tokens} must be two whole numbers of tokens, the lower first")
+    return list(tokens)
+
+
 class MoGe(nn.Module):
     """What both versions share: inference and gradient checkpointing. `config` is what the model was built from."""
 
@@ -107,6 +114,14 @@ class MoGe(nn.Module):
     num_tokens_range: Sequence[int]
     mask_threshold: float = 0.5
     checkpoint_head: bool = False  # recompute each block of the decoder in the backward pass
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names in the result of `forward`."""
+        if self.version == "v1":
+            return ["points", "mask"]
+        heads = {"points_head": "points", "normal_head": "normal", "mask_head": "mask", "scale_head": "metric_scale"}
+        return [name for head, name in heads.items() if hasattr(self, head)] + ["mask_logit"] * hasattr(self, "mask_head")
 
     def set_gradient_checkpointing(self, mode: str | bool) -> None:
         """none (False), backbone, head, or all (True): which blocks are recomputed in the backward pass to save memory."""
@@ -258,7 +273,7 @@ class MoGeV1(MoGe):
             num_tokens_range = [int(a // 196) for a in trained_area_range]
         remap_points(torch.zeros(3), remap_output)  # an unknown name should fail now
         self.intermediate_layers, self.remap_output = intermediate_layers, remap_output
-        self.num_tokens_range, self.mask_threshold = list(num_tokens_range), mask_threshold
+        self.num_tokens_range, self.mask_threshold = check_range(num_tokens_range), mask_threshold
         self.backbone = dinov2(encoder, **(encoder_options or {}))
         self.head = HeadV1(
             intermediate_layers if isinstance(intermediate_layers, int) else len(intermediate_layers),
@@ -279,7 +294,7 @@ class MoGeV1(MoGe):
         """image (B, 3, H, W) in 0..1 -> points (B, H, W, 3) and mask (B, H, W), raw (about 1 valid, 0 not), both float32."""
         H, W = image.shape[-2:]
         factor = math.sqrt(num_tokens * 196 / (H * W))
-        h, w = int(H * factor), int(W * factor)
+        h, w = max(14, int(H * factor)), max(14, int(W * factor))  # a patch, however thin the image
         image = F.interpolate(image, (h, w), mode="bicubic", antialias=True, align_corners=False)
         image = (image - self.image_mean) / self.image_std
         patches = F.interpolate(image, (h // 14 * 14, w // 14 * 14), mode="bilinear", antialias=True, align_corners=False)
@@ -390,7 +405,7 @@ class MoGeV2(MoGe):
         if unknown:
             warnings.warn(f"MoGe v2 does not know {sorted(unknown)}: ignored", stacklevel=2)
         remap_points(torch.zeros(3), remap_output)  # an unknown name should fail now
-        self.remap_output, self.num_tokens_range = remap_output, list(num_tokens_range)
+        self.remap_output, self.num_tokens_range = remap_output, check_range(num_tokens_range)
         self.encoder = EncoderV2(
             encoder["backbone"], encoder["intermediate_layers"], encoder["dim_out"], encoder.get("encoder_options")
         )
@@ -408,7 +423,7 @@ class MoGeV2(MoGe):
         """
         H, W = image.shape[-2:]
         aspect = W / H
-        rows, cols = round(math.sqrt(num_tokens / aspect)), round(math.sqrt(num_tokens * aspect))
+        rows, cols = max(1, round(math.sqrt(num_tokens / aspect))), max(1, round(math.sqrt(num_tokens * aspect)))
         x, cls = self.encoder(image, rows, cols)
         uv = [uv_planes(x, cols * 2**i, rows * 2**i, aspect) for i in range(len(self.neck.res_blocks))]
         maps = self.neck([torch.cat([x, uv[0]], 1), *uv[1:]], self.checkpoint_head)
@@ -449,19 +464,30 @@ def load(path: str | Path, version: str | None = None, overrides: dict | None = 
     overrides: entries that replace those of model_config. allow: patterns of names that may be missing or left over; every other
     difference raises RuntimeError.
     """
-    held = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(held, dict) or "model" not in held or "model_config" not in held:
-        raise RuntimeError(f"{path} is no MoGe checkpoint: it should hold model_config and model")
+    held = read_checkpoint(path)
     model = build({**held["model_config"], **(overrides or {})}, version)
     load_weights(model, held["model"], allow, str(path))
     return model.eval()
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """What a file {"model_config", "model"} holds, on the CPU; RuntimeError for any other, OSError where there is none."""
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a foreign or damaged file raises anything
+        raise RuntimeError(f"{path} is no MoGe checkpoint, or damaged: {(str(error).splitlines() or [''])[0]}") from None
+    if not isinstance(held, dict) or not all(isinstance(held.get(key), dict) for key in ("model", "model_config")):
+        raise RuntimeError(f"{path} is no MoGe checkpoint: it should hold model_config and model")
+    return held
 
 
 def load_weights(model: MoGe, state: dict[str, Tensor], allow: Sequence[str] = (), origin: str = "the state dict") -> list[str]:
     """Copy weights into a model by name and return the names that differ; they must match patterns in `allow`, else
     RuntimeError.
     """
-    own = model.state_dict()
+    own, state = model.state_dict(), {k: v for k, v in state.items() if isinstance(v, Tensor)}
     wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
     wrong += [
         f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape

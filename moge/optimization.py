@@ -9,13 +9,25 @@ from torch import Tensor, nn
 
 from moge.arithmetic import arithmetic
 
+SCHEDULES = {  # kind: parameters it needs, and those it may have
+    "LambdaLR": (("lr_lambda",), ()),
+    "StepLR": (("step_size",), ("gamma",)),
+    "MultiStepLR": (("milestones",), ("gamma",)),
+    "ExponentialLR": (("gamma",), ()),
+    "ConstantLR": ((), ("factor", "total_iters")),
+    "LinearLR": ((), ("start_factor", "end_factor", "total_iters")),
+    "CosineAnnealingLR": (("T_max",), ("eta_min",)),
+    "SequentialLR": (("schedulers", "milestones"), ()),
+}
+
 
 def build_optimizer(model: nn.Module, config: dict) -> torch.optim.Optimizer:
     """Optimizer from {"type": name in torch.optim, "params": [{"params": {"include": [glob], "exclude": [glob]}, "lr": ...},
     ...]}.
 
     A parameter belongs to the group of which some include and no exclude pattern matches its full name (`*` crosses dots).
-    ValueError for one that requires a gradient and is in no group or in two; parameters that require none are left out.
+    ValueError for one that requires a gradient and is in no group or in two, for a group without any, and for options that the
+    optimizer does not have; parameters that require no gradient are left out.
     """
     kind = getattr(torch.optim, str(config["type"]), None)
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
@@ -23,8 +35,14 @@ def build_optimizer(model: nn.Module, config: dict) -> torch.optim.Optimizer:
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     owner: dict[str, int] = {}
     groups = []
+    options = {k: v for k, v in config.items() if k not in ("type", "params")}
     for i, group in enumerate(config["params"]):
-        include, exclude = group["params"].get("include", ["*"]), group["params"].get("exclude", [])
+        patterns = {"include": ["*"], "exclude": [], **group.get("params", {"params": None})}
+        sound = len(patterns) == 2 and all(isinstance(v, list) for v in patterns.values())
+        if not sound or not isinstance(group.get("lr", options.get("lr")), int | float):
+            needs = "params {include, exclude}, lists of patterns, and lr, a number"
+            raise ValueError(f"optimizer group {i} needs {needs}; it is {dict(group)}")
+        include, exclude = patterns["include"], patterns["exclude"]
         names = [
             name
             for name in named
@@ -37,16 +55,23 @@ def build_optimizer(model: nn.Module, config: dict) -> torch.optim.Optimizer:
     missing = [name for name in named if name not in owner]
     if missing:
         raise ValueError(f"{len(missing)} parameters are in no optimizer group, the first is {missing[0]}")
-    options = {k: v for k, v in config.items() if k not in ("type", "params")}
-    return kind(groups, **options)
+    if empty := [i for i, group in enumerate(groups) if not group["params"]]:
+        raise ValueError(f"optimizer group {empty[0]} has no parameters: its patterns are {config['params'][empty[0]]['params']}")
+    try:
+        optimizer = kind(groups, **options)
+    except TypeError as error:
+        raise ValueError(f"optimizer {config['type']}: {error}") from None
+    if unknown := {key for group in config["params"] for key in group} - {"params", *optimizer.defaults}:
+        raise ValueError(f"optimizer {config['type']} has no option '{min(unknown)}', but {', '.join(optimizer.defaults)}")
+    return optimizer
 
 
 def lr_factors(config: dict | None, step: int, groups: int) -> list[float]:
     """Factor on each parameter group's base learning rate for the optimizer step number `step` (0-based), a pure function.
 
-    config: {"type", "params"} named as in torch.optim.lr_scheduler: LambdaLR (lr_lambda: an expression in `epoch`, which is the
-    step, or a list with one per group), StepLR, MultiStepLR, ExponentialLR, ConstantLR, LinearLR, CosineAnnealingLR (eta_min
-    0), SequentialLR (schedulers, milestones; each scheduler counts from its own start). None: 1.
+    config: {"type", "params"} named as in torch.optim.lr_scheduler (SCHEDULES): LambdaLR (lr_lambda: an expression in `epoch`,
+    which is the step, or a list with one per group), StepLR, MultiStepLR, ExponentialLR, ConstantLR, LinearLR, CosineAnnealingLR
+    (eta_min 0), SequentialLR (schedulers, milestones; each scheduler counts from its own start). None: 1.
     """
     if config is None:
         return [1.0] * groups
@@ -78,11 +103,24 @@ def lr_factors(config: dict | None, step: int, groups: int) -> list[float]:
     elif kind == "CosineAnnealingLR" and not p.get("eta_min"):
         factor = (1 + math.cos(math.pi * step / p["T_max"])) / 2
     else:
-        raise ValueError(
-            f"lr_scheduler {kind!r} with {sorted(p)}: LambdaLR, StepLR, MultiStepLR, ExponentialLR, ConstantLR, LinearLR, "
-            "CosineAnnealingLR with eta_min 0, or SequentialLR of these"
-        )
+        raise ValueError(f"lr_scheduler {kind!r} with {sorted(p)}: {', '.join(SCHEDULES)}; CosineAnnealingLR with eta_min 0")
     return [factor] * groups
+
+
+def check_schedule(config: dict | None, groups: int) -> None:
+    """ValueError for a schedule with a misspelt or missing parameter or a wrong value, also in the later parts of a sequence."""
+    if config is None:
+        return
+    kind, given = config.get("type"), config.get("params") or {}
+    needed, others = SCHEDULES.get(kind, ((), given))
+    if wrong := sorted(given.keys() - {*needed, *others} | {*needed} - given.keys()):
+        raise ValueError(f"lr_scheduler {kind}: '{wrong[0]}' is unknown or missing; it takes {', '.join(needed + others)}")
+    try:
+        lr_factors(config, 0, groups)
+    except (KeyError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"lr_scheduler {kind} with {given}: {type(error).__name__} {error}") from None
+    for part in given.get("schedulers", ()):
+        check_schedule(part, groups)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: dict | None, step: int) -> list[float]:
@@ -92,6 +130,16 @@ def set_lr(optimizer: torch.optim.Optimizer, config: dict | None, step: int) -> 
     for group, factor in zip(optimizer.param_groups, lr_factors(config, step, len(optimizer.param_groups))):
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
     return [group["lr"] for group in optimizer.param_groups]
+
+
+def set_trained(optimizer: torch.optim.Optimizer, config: dict | None, step: int) -> bool:
+    """Let gradients flow only to groups whose rate is not 0 at this step (`skip_zero_lr_backward`); True where that is a change."""
+    changed = False
+    for group, factor in zip(optimizer.param_groups, lr_factors(config, step, len(optimizer.param_groups))):
+        for p in group["params"]:
+            changed |= p.requires_grad != (factor != 0)
+            p.requires_grad_(factor != 0)
+    return changed
 
 
 @torch.no_grad()

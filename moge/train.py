@@ -24,10 +24,10 @@ from common.guard import StepGuard
 from common.log import Logger, Progress
 from moge import dinov2, optimization
 from moge.dataset import MoGeDataset, batch_keys, batch_size, unpack
-from moge.draw import draw_samples
-from moge.eval import evaluate, list_samples, predictor
+from moge.draw import draw_samples, draw_truth
+from moge.eval import evaluate, list_samples, predictor, summary
 from moge.loss import check_table, total_loss
-from moge.model import MoGe, build, load_weights
+from moge.model import MoGe, build, load_weights, read_checkpoint
 from moge.optimization import update_ema
 
 REFERENCE = Path(__file__).parent / "configs" / "default.yaml"
@@ -45,9 +45,9 @@ def build_model(cfg, stored: dict | None, say) -> MoGe:
     """The network of the config, on the CPU, with the weights of `stored` (a resumed run), of `init`, or a pretrained encoder."""
     model = build(dict(cfg.model), cfg.model_version)
     if cfg.init and not stored:
-        stored = torch.load(cfg.init, map_location="cpu", weights_only=True)
+        stored = read_checkpoint(cfg.init)
     if stored:
-        if "model" not in stored:
+        if not isinstance(stored.get("model"), dict):
             raise ValueError(f"{cfg.init or cfg.checkpoint} is no MoGe checkpoint: it should hold model_config and model")
         for line in config.diff(stored.get("model_config", {}), model.config):
             say(f"WARNING: the checkpoint's model differs from the config's: {line}")
@@ -72,19 +72,9 @@ def build_model(cfg, stored: dict | None, say) -> MoGe:
 
 def build_optimizer(model: nn.Module, cfg) -> torch.optim.Optimizer:
     """The config's optimizer over its parameter groups, fused: it skips a step by a flag on the device."""
-    if str(cfg.optimizer.get("type")) not in ("AdamW", "Adam", "SGD", "Adagrad"):
-        raise ValueError(f"optimizer type {cfg.optimizer.get('type')!r}: AdamW, Adam, SGD or Adagrad, which exist in fused form")
+    if str(cfg.optimizer.get("type")) not in ("AdamW", "Adam", "SGD"):
+        raise ValueError(f"optimizer type {cfg.optimizer.get('type')!r}: AdamW, Adam or SGD, which exist in fused form")
     return optimization.build_optimizer(model, {**cfg.optimizer, "fused": True})
-
-
-def set_trained(optimizer, cfg, step: int) -> bool:
-    """Let gradients flow only to groups whose rate is not 0 at this step (`skip_zero_lr_backward`); True where that is a change."""
-    changed = False
-    for group, factor in zip(optimizer.param_groups, optimization.lr_factors(cfg.lr_scheduler, step, len(optimizer.param_groups))):
-        for p in group["params"]:
-            changed |= p.requires_grad != (factor != 0)
-            p.requires_grad_(factor != 0)
-    return changed
 
 
 def distributed(model: nn.Module, device: torch.device) -> nn.Module:
@@ -184,9 +174,10 @@ def validate(model: MoGe, cfg, device: torch.device) -> dict[str, float]:
     """{"NAME/METRIC_rel": ...} of every validation set and means over the sets; images are shared out over the ranks."""
     training, scores = model.training, []
     for entry in cfg.data.val_datasets:
-        samples = list_samples(**entry)[: cfg.validate_images]
-        result = evaluate({"model": predictor(model.eval(), num_tokens=model.num_tokens_range[-1])}, samples, device)["model"]
-        mean = {f"{name}_{kind}": v for name in RESULTS if name in result["mean"] for kind, v in result["mean"][name].items()}
+        samples = list_samples(entry)[: cfg.validate_images]
+        rows = evaluate({"model": predictor(model.eval(), num_tokens=model.num_tokens_range[-1])}, samples, device)
+        result = summary(rows, "model")["mean"]
+        mean = {f"{name}_{kind}": v for name in RESULTS if name in result for kind, v in result[name].items()}
         scores.append((entry.get("name") or Path(entry["path"]).name, mean))
     model.train(training)
     names = {name for _, mean in scores for name in mean}
@@ -207,8 +198,16 @@ def describe(cfg, dataset, model, dtype, device, step: int, last_step: int) -> s
     )
 
 
+def due(step: int, every: int) -> bool:
+    """True every so many steps; never for 0."""
+    return every > 0 and step % every == 0
+
+
 def main() -> None:
     cfg = config.parse(sys.argv[1:], __doc__, REFERENCE, aliases=ALIASES, free=FREE)
+    for key in ("batch_size_forward", "gradient_accumulation_steps"):
+        if cfg[key] < 1:
+            raise ValueError(f"{key} is {cfg[key]}: a step needs at least 1")
     device = dist.init(cfg.timeout)
     stop, world, folder = dist.StopSignal(), dist.world_size(), Path(cfg.workspace)
     log = Logger(folder, cfg)
@@ -217,19 +216,21 @@ def main() -> None:
     torch.backends.cudnn.benchmark = not cfg.deterministic and len(cfg.data.image_sizes or ()) == 1  # not when sizes vary
     torch.manual_seed(cfg.seed)  # initial weights: the same on all ranks
 
-    check_table(cfg.loss, [entry["label_type"] for entry in cfg.data.datasets if "label_type" in entry])
+    check_table(cfg.loss)
     dataset = build_dataset(cfg, cfg.seed)
     for entry in cfg.data.val_datasets:
-        list_samples(**entry)  # missing: an error now, not at the first validation
+        list_samples(entry)  # missing: an error now, not at the first validation
     last_step = min(cfg.num_iterations, cfg.max_steps or cfg.num_iterations)
     checkpoints = Checkpoints(folder / "checkpoint", cfg.keep_last, cfg.keep_every, log.text)
     state = checkpoints.load(cfg.checkpoint)
     model = build_model(cfg, state and state[""], log.text).to(device)
+    check_table(cfg.loss, dataset.label_types, model.outputs)
     ema = copy.deepcopy(model).requires_grad_(False).eval() if cfg.enable_ema else None
     if ema is not None and state and "ema" in state:
         ema.load_state_dict(state["ema"]["model"])
     optimizer = build_optimizer(model, cfg)
-    optimization.set_lr(optimizer, cfg.lr_scheduler, 0)  # notes the base rates; a wrong expression shows now
+    optimization.check_schedule(cfg.lr_scheduler, len(optimizer.param_groups))
+    optimization.set_lr(optimizer, cfg.lr_scheduler, 0)  # notes the base rates
     dtype = dist.autocast_dtype(cfg.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, skipped, updates, averages = 0, 0, 0, Averages()
@@ -251,11 +252,12 @@ def main() -> None:
         shown = data.Guarded(build_dataset(cfg, cfg.seed + 1).read)
         size = lambda number: batch_size(cfg.seed + 1, number, cfg.data, cfg.data.datasets)
         vis = [shown[(number, *size(number))] for number in range(cfg.num_vis_images)]
+        draw_truth(vis, folder / "vis" / "gt")
     if cfg.compile:
         model.compile_blocks()
     guard = StepGuard(model, cfg.max_bad_steps, skipped, log.text)
     if cfg.skip_zero_lr_backward:
-        set_trained(optimizer, cfg, step - skipped)
+        optimization.set_trained(optimizer, cfg.lr_scheduler, step - skipped)
     net = distributed(model, device)
     bad = data.BadSamples(cfg.max_bad_fraction, log.warn)
     batches = build_loader(dataset, cfg, step, last_step)
@@ -269,7 +271,7 @@ def main() -> None:
         progress.waited(time.perf_counter() - tick)
         for batch in micro:
             bad.add(batch["bad"], cfg.batch_size_forward)
-        if cfg.skip_zero_lr_backward and set_trained(optimizer, cfg, step - guard.skipped):
+        if cfg.skip_zero_lr_backward and optimization.set_trained(optimizer, cfg.lr_scheduler, step - guard.skipped):
             net = distributed(model, device)  # another set of gradients travels
         dist.at(step, "train step")
         dist.seed_step(cfg.seed, step, dist.rank())
@@ -277,23 +279,23 @@ def main() -> None:
         averages.add(out["logs"])
         step, updates = step + 1, updates + 1
 
-        if step % cfg.log_every == 0 or step == last_step:
+        if due(step, cfg.log_every) or step == last_step:
             dist.check_drift(model.parameters(), step)
             values = averages.take() | dist.all_mean({"loss/loss": out["loss"]})
             run = {"train/grad_norm": out["grad_norm"], "train/skipped": guard.skipped, "train/bad_samples": bad.total()}
             run |= {f"train/lr_{i}" if i else "train/lr": rate for i, rate in enumerate(out["rates"])}
             log.scalars(step, values | run | progress.update(step, values["loss/loss"], out["rates"][0], images))
-        if vis and step % cfg.vis_every == 0:
+        if vis and (due(step, cfg.vis_every) or step == 1):
             draw_samples((ema or model).eval(), vis, log, step)
             model.train()
-        if cfg.data.val_datasets and (step % cfg.validate_every == 0 or step == last_step):
+        if cfg.data.val_datasets and (due(step, cfg.validate_every) or step == last_step):
             dist.at(step, "validate")
             scores = validate(ema or model, cfg, device)
             log.scalars(step, {f"val/{name}": value for name, value in scores.items()})
             told = {name: scores.get(f"{name}_rel", float("nan")) for name in RESULTS[:2]}
             log.text(f"step {step}: " + "  ".join(f"{name} {100 * value:.2f} %" for name, value in told.items()))
         stopping = stop.agreed()
-        if step % cfg.save_every == 0 or step == last_step or stopping:
+        if due(step, cfg.save_every) or step == last_step or stopping:
             dist.at(step, "save")
             guard.settle()
             dist.check_drift(model.parameters(), step)

@@ -9,6 +9,7 @@ far white), mask.png (white where depth is known and finite, grey where infinite
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     if not found:
         print(f"{', '.join(map(str, args.paths))}: no instance (a folder with a meta.json) in it", file=sys.stderr)
         return 1
+    base = Path(os.path.commonpath([path.resolve() for path in args.paths]))  # names below it tell A/0000 from B/0000
     for path, folder in found:
         try:
             instance = read_instance(folder, args.depth)
@@ -89,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
             bad += 1
             continue
-        name = folder.name if folder == path else str(folder.relative_to(path))
+        inside = (path.resolve() / folder.relative_to(path)).relative_to(base)
+        name = str(inside) if inside.parts else base.name
         out, made, K = (args.output / name if args.output else folder), pictures(instance), instance["intrinsics"]
         for file, picture in made.items():
             write_image(out / file, picture)

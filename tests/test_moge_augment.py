@@ -271,7 +271,20 @@ def test_optimizer_groups_by_pattern():
     with pytest.raises(ValueError, match=r"no optimizer group.*m\.head\.weight"):
         optimization.build_optimizer(model, {"type": "AdamW", "params": [body]})
     with pytest.raises(ValueError, match=r"m\.backbone\.weight is in the optimizer groups 0 and 1"):
-        optimization.build_optimizer(model, {"type": "AdamW", "params": [{"params": {"include": ["*"]}}, body]})
+        optimization.build_optimizer(model, {"type": "AdamW", "params": [{"params": {"include": ["*"]}, "lr": 1}, body]})
+    for group, message in (
+        ({**head, "weigth_decay": 0}, "has no option 'weigth_decay'"),
+        ({"params": {"include": ["*head*"]}}, "group 0 needs params .* and lr, a number"),
+        ({"params": {"includes": ["*"]}, "lr": 1}, "group 0 needs params {include, exclude}"),
+        ({"params": {"include": "*head*"}, "lr": 1}, "group 0 needs params {include, exclude}, lists"),
+        ({**head, "lr": "fast"}, "group 0 needs params .* lr, a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimization.build_optimizer(model, {"type": "AdamW", "params": [group, body]})
+    with pytest.raises(ValueError, match=r"optimizer SGD: .*momentun"):
+        optimization.build_optimizer(model, {"type": "SGD", "params": [head, body], "momentun": 0.9})
+    with pytest.raises(ValueError, match=r"group 2 has no parameters: its patterns are .*tail"):
+        optimization.build_optimizer(model, {"type": "AdamW", "params": [head, body, {"params": {"include": ["tail*"]}, "lr": 1}]})
     with pytest.raises(ValueError, match="'Adamw' is not in"):
         optimization.build_optimizer(model, {"type": "Adamw", "params": [head, body]})
 
@@ -306,7 +319,17 @@ def test_schedule_errors_and_expressions():
         ({"type": "SequentialLR", "params": {"schedulers": [SCHEDULES[0]], "milestones": [3]}}, "one milestone fewer"),
     ):
         with pytest.raises(ValueError, match=message):
-            optimization.lr_factors(config, 0, 2)
+            optimization.check_schedule(config, 2)
+    for part, message in (
+        ({"type": "StepLR", "params": {"step_size": 3, "gama": 0.5}}, "StepLR: 'gama' is unknown"),
+        ({"type": "StepLR"}, "StepLR: 'step_size' is unknown or missing"),
+        ({"type": "StepLR", "params": {"step_size": 0}}, "StepLR with .*ZeroDivision"),
+    ):
+        for config in (part, {"type": "SequentialLR", "params": {"schedulers": [SCHEDULES[0], part], "milestones": [3]}}):
+            with pytest.raises(ValueError, match=message):
+                optimization.check_schedule(config, 2)
+    for config in (*SCHEDULES, None):
+        optimization.check_schedule(config, 2)
 
 
 def test_average_copies_first_and_then_follows():

@@ -126,7 +126,8 @@ DAMAGE = {
     "no meta": (lambda f: (f / "meta.json").unlink(), "meta.json: not there"),
     "no JSON": (lambda f: (f / "meta.json").write_text("{"), "meta.json: not readable JSON"),
     "deep JSON": (lambda f: (f / "meta.json").write_text("[" * 100000), "meta.json: not readable JSON"),
-    "pixels": (lambda f: put_meta(f, PIXELS), "meta.json: intrinsics are not normalised, cx 64, cy 48: divide the first row"),
+    "pixels": (lambda f: put_meta(f, PIXELS), "meta.json: intrinsics are not normalised, .* cx 64, cy 48: divide the first row"),
+    "focal in pixels": (lambda f: put_meta(f, [[500, 0, 0.5], [0, 500, 0.5], [0, 0, 1]]), "meta.json: .* not normalised, fx 500, fy 500"),
     "2 x 3": (lambda f: put_meta(f, PIXELS[:2]), "meta.json: intrinsics must be 3 x 3 finite numbers"),
     "text": (lambda f: put_meta(f, "fx 1"), "meta.json: intrinsics must be 3 x 3 finite numbers"),
     "huge": (lambda f: put_meta(f, [[10**400, 0, 0.5], [0, 1, 0.5], [0, 0, 1]]), "meta.json: intrinsics must be 3 x 3 finite numbers"),
@@ -197,7 +198,9 @@ def test_index_errors(instance, text, message):
 
 
 def test_index_may_hold_blank_lines_and_carriage_returns(instance):
-    (instance.parent / ".mine.txt").write_bytes(b"\n\r\na\r\n./a\nb..c\n\n")
+    (instance.parent / ".mine.txt").write_bytes(b"\xef\xbb\xbf\n\r\na\r\n./a\nb..c\n\n")
+    assert io.read_index(instance.parent, ".mine.txt") == ["a", "./a", "b..c"]
+    (instance.parent / ".mine.txt").write_bytes(b"\xef\xbb\xbfa\r\n./a\nb..c")  # with a byte order mark
     assert io.read_index(instance.parent, ".mine.txt") == ["a", "./a", "b..c"]
     with pytest.raises(ValueError, match="leaves its root"):
         io.read_index(instance.parent, "../.index.txt")
@@ -287,9 +290,10 @@ def test_one_set_is_gone_through_in_epochs_and_several_are_drawn_by_weight(root)
     two = MoGeDataset(entries, seed=0, defaults=PLAIN)
     labels = [two.read((p, 16, 16))["label_type"] for p in range(120)]
     assert 15 <= labels.count("sfm") <= 46 and two.label_types == ["sfm", "synthetic"] and len(two) == 6
-    check_table({"synthetic": {}, "sfm": {}}, two.label_types)
+    some = {"x": {"function": "normal_loss", "weight": 1.0}}
+    check_table({"synthetic": some, "sfm": some}, two.label_types)
     with pytest.raises(ValueError, match="label type 'sfm' is not in the loss table"):
-        check_table({"synthetic": {}}, two.label_types)
+        check_table({"synthetic": some}, two.label_types)
 
 
 def test_each_data_set_overrides_what_it_names(root):
@@ -338,34 +342,36 @@ def test_wrong_entries_of_the_config_are_named(root, changes, message):
 def test_a_mixture_needs_a_weight_and_unused_keys_are_told(root):
     with pytest.raises(ValueError, match="no data set with a weight above 0"):
         dataset(root, weight=0)
-    for wrong in ({"image_sizes": [[64, 64], [64]]}, {"image_sizes": [[8, 64]]}, {"area_range": [9000, 4000]}, {"area_range": [10, 20]}):
-        with pytest.raises(ValueError, match=f"data.{next(iter(wrong))}"):
-            dataset(root, defaults=wrong)
+    with pytest.raises(ValueError, match="'generated' must be keys and values"):
+        MoGeDataset(["generated"], seed=0, defaults=PLAIN)
+    for limit in (0, -5):
+        with pytest.raises(ValueError, match=f"clamp_max_depth {limit} must be positive"):
+            dataset(root, defaults={"clamp_max_depth": limit})
+    wrong = [("image_sizes", sizes) for sizes in ([[64, 64], [64]], [[8, 64]], [64, 64])]
+    for key, value in [*wrong, ("area_range", [9000, 4000]), ("area_range", [10, 20])]:
+        with pytest.raises(ValueError, match=f"data.{key}"):
+            dataset(root, defaults={key: value})
     with pytest.warns(UserWarning, match="depth_interpolation has no effect"):
         dataset(root, defaults={"depth_interpolation": "bilinear"})
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_instances_without_finite_depth_are_replaced_or_count_nothing(root, tmp_path, value):
-    """Unknown or all-infinite depth: another instance's view takes the place; if there is none, a sample without any loss."""
+def test_instances_without_finite_depth_are_replaced_or_end_the_run(root, tmp_path, value):
+    """Unknown or all-infinite depth: another instance's view takes the place; if there is none, the data set is named."""
     target = tmp_path / "set"
     for name in ("0000", "0001"):
         shutil.copytree(root / "train" / name, target / name)
     (target / ".index.txt").write_text("0000\n0001\n")
     io.write_depth(target / "0000" / "depth.png", np.full(SIZE, value, np.float32))
-    samples = [dataset(target).read((p, 48, 40)) for p in range(6)]
-    assert sum(sample["label_type"] == "synthetic" for sample in samples) >= 5  # five draws fail together once in 32
-    assert all(sample["name"] == "set/0001" for sample in samples if sample["label_type"] == "synthetic")
+    samples = [data.Guarded(dataset(target).read)[(p, 48, 40)] for p in range(6)]
+    assert all(sample["name"] == "set/0001" and sample["label_type"] == "synthetic" for sample in samples)
+    assert sum(len(sample["bad"]) for sample in samples) <= 1  # five draws fail together once in 32
     bad, _ = check(target, out=tmp_path / "check.png")
     assert len(bad) == 1 and "0 % of the depth map are known and finite" in bad[0]
 
     io.write_depth(target / "0001" / "depth.png", np.full(SIZE, value, np.float32))
-    batch = unpack(data.stack([data.Guarded(dataset(target, normals=False).read)[(p, 48, 40)] for p in range(2)]), "cpu")
-    assert batch["label_type"] == ["invalid"] * 2 and not batch["depth_mask_inf"].any() and (batch["depth"] == 1).all()
-    points, mask = torch.rand(2, 40, 48, 3, requires_grad=True), torch.rand(2, 40, 48, requires_grad=True)
-    loss, _ = total_loss({"synthetic": {"mask": {"function": "mask_l2_loss", "weight": 1.0}}}, {"points": points, "mask": mask}, batch)
-    loss.backward()
-    assert loss.item() == 0 and not points.grad.any() and not mask.grad.any()
+    with pytest.raises(RuntimeError, match=r"attempts failed: data set set: five views in a row show no depth; python .* lists"):
+        data.Guarded(dataset(target, normals=False).read)[(0, 48, 40)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- batches
@@ -476,7 +482,12 @@ def test_vis_data_writes_pictures_and_points_of_the_true_scene(root, truth, tmp_
     assert sky and (-limited > 2.01 * near).sum() == sky and len(list((tmp_path / "all").iterdir())) == 4
 
 
-def test_vis_data_goes_on_after_a_bad_instance_and_writes_beside_the_data(instance, tmp_path, capsys):
+def test_vis_data_goes_on_after_a_bad_instance_and_writes_beside_the_data(instance, tmp_path, capsys, monkeypatch):
+    shutil.copytree(instance, tmp_path / "other" / "a")
+    monkeypatch.chdir(instance)
+    assert vis_data.main([".", str(tmp_path / "other" / "a"), "-o", str(tmp_path / "out")]) == 0  # two of one name
+    assert vis_data.main([".", "-o", str(tmp_path / "out")]) == 0
+    assert sorted(str(f.parent.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("sheet.png")) == ["a", "other/a", "set/a"]
     shutil.copytree(instance, instance.parent / "b")
     (instance / "depth.png").unlink()
     assert vis_data.main([str(instance.parent), "--depth_vis"]) == 1

@@ -194,11 +194,30 @@ def test_anchors_prefer_thin_structures_and_stay_on_valid_pixels():
 def test_table_errors_name_the_entry():
     with pytest.raises(ValueError, match=r"synthetic\.x.*'no_such_loss'.*normal_loss"):
         losses.check_table({"synthetic": {"x": {"function": "no_such_loss", "weight": 1}}})
-    with pytest.raises(ValueError, match=r"lidar\.y"):
-        losses.check_table({"lidar": {"y": {"function": "normal_loss"}}})
+    wrong = [
+        ({"function": "normal_loss"}, "needs function and weight"),
+        ("normal_loss", "needs function and weight"),
+        ({"function": "normal_loss", "weight": "big"}, "weight, a number"),
+        ({"function": "normal_loss", "weight": 1, "params": {"beta": 1}}, "takes no params beta: 1, but none"),
+        ({"function": "affine_invariant_global_loss", "weight": 1, "params": {"align_resolution": "32"}}, "align_resolution: '32'"),
+        ({"function": "affine_invariant_global_loss", "weight": 1, "params": {"trunk": 1}}, "trunk: 1, but align_resolution"),
+        ({"function": "affine_invariant_local_loss", "weight": 1}, "need a level"),
+        ({"function": "affine_invariant_local_loss", "weight": 1, "params": {"level": 4, "anchor_sampling": "all"}}, "anchor_sampling"),
+    ]
+    for entry, message in wrong:
+        with pytest.raises(ValueError, match=rf"lidar\.y.*{message}"):
+            losses.check_table({"lidar": {"y": entry}})
+    for function, missing in (("mask_bce_loss", "mask_logit"), ("normal_map_loss", "normal")):
+        table = {"lidar": {"y": {"function": function, "weight": 1.0}}}
+        used = {"x": {"y": {"function": "normal_loss", "weight": 1.0}}}
+        losses.check_table(used | table, ["x"], ["points", "mask"])
+        with pytest.raises(ValueError, match=f"needs {missing}, and the model gives points, mask"):
+            losses.check_table(table, ["lidar"], ["points", "mask"])
+    with pytest.raises(ValueError, match="has no losses"):
+        losses.check_table({"invalid": {}}, ["invalid"])
     with pytest.raises(ValueError, match="'sfm' is not in the loss table"):
         losses.check_table(TABLE, ["synthetic", "sfm"])
-    losses.check_table(TABLE, ["synthetic", "invalid"])
+    losses.check_table(TABLE, ["synthetic"])
     output, batch = make_batch(["synthetic"])
     points = depth_to_points(batch["depth"], batch["intrinsics"])
     with pytest.raises(ValueError, match="importance or uniform"):

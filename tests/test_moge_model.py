@@ -62,6 +62,8 @@ def test_infer_one_or_many_images_of_any_size(model):
     known = model.infer(images[0], fov_x=50.0, apply_mask=False)
     assert known["intrinsics"][0, 0].item() == pytest.approx(0.5 / math.tan(math.radians(25)), rel=1e-5)
     assert known["points"].isfinite().all() and model.tokens_at(0) == 12 and model.tokens_at(9) == 30
+    for thin in ((1, 200), (200, 1)):
+        assert model.infer(torch.rand(3, *thin))["depth"].shape == thin
 
 
 def test_checkpoints_load_strictly(model, tmp_path):
@@ -80,13 +82,18 @@ def test_checkpoints_load_strictly(model, tmp_path):
     with pytest.raises(RuntimeError, match=f"missing {gone}"):
         load_weights(model, state)
     assert load_weights(model, state, allow=["*projec*"]) == [f"missing {gone}"]
-    torch.save({"weights": state}, path)
-    with pytest.raises(RuntimeError, match="no MoGe checkpoint"):
-        load(path)
+    for content in ({"weights": state}, {"model": 3, "model_config": {}}, [1], b"GIF89a", torch.nn.Linear(1, 1)):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(RuntimeError, match=r"m\.pt is no MoGe checkpoint"):
+            load(path)
 
 
 def test_older_names_and_wrong_values():
     assert build({**V1, "trained_area_range": [196000, 490000]}).num_tokens_range == [1000, 2500]
+    for config in (V1, V2):
+        for tokens in ([50, 20], [48], [0, 10], ["a", "b"], 48):
+            with pytest.raises(ValueError, match=r"num_tokens_range .* two whole numbers"):
+                build({**config, "num_tokens_range": tokens})
     with pytest.raises(ValueError, match="remap_output 'square'"):
         build({**V1, "remap_output": "square"})
     with pytest.raises(ValueError, match="no DINOv2 variant named 'dinov2_vitx14'"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from runs import ROOT, checkpoint, difference, generated, metrics, run, run_unti
 from common import config
 from common.io import read_image
 from moge.draw import depth_picture, error_picture, normal_picture, panel
+from moge.eval import evaluate, list_samples, read_sample, summary
+from moge.io import write_depth
 from moge.loss import total_loss
+from moge.metrics import boundary_f1, delta1_depth
 from moge.model import build
 from moge.optimization import update_ema
 
@@ -105,8 +109,11 @@ def test_users_command_pictures_and_tensorboard(images, tmp_path):
     assert second["loss/loss"] > 0 and first.keys() == checkpoint(folder, 2, "ema")["model"].keys()
     info = json.loads((folder / "vis/gt/0001/info.json").read_text())
     assert info["label_type"] in ("synthetic", "lidar") and len(info["intrinsics"]) == 3
-    for name in ("image.jpg", "depth_vis.png", "normal_vis.png", "mask.png"):
-        assert (folder / "vis/step_00000002/0001" / name).stat().st_size > 0
+    for step in (1, 2):  # the first and every second
+        for name in ("image.jpg", "depth_vis.png", "normal_vis.png", "mask.png"):
+            assert (folder / f"vis/step_{step:08d}/0001" / name).stat().st_size > 0
+    shapes = [np.load(folder / "vis" / name / "0001" / "points.npy").shape for name in ("gt", "step_00000002")]
+    assert shapes[0] == shapes[1] == read_image(folder / "vis/gt/0001/normal.png").shape
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tb")).Reload()
@@ -175,7 +182,8 @@ def test_copied_out_folder_trains(tiny, tmp_path):
     """moge/ and common/ side by side are enough."""
     for name in ("moge", "common"):
         shutil.copytree(ROOT / name, tmp_path / "elsewhere" / name)
-    run(*tiny("run", "--max_steps", "1"), cwd=tmp_path / "elsewhere", PYTHONPATH="")
+    never = ("--log_every", "0", "--save_every", "0", "--validate_every", "0")  # but at the end
+    run(*tiny("run", "--max_steps", "1", *never), cwd=tmp_path / "elsewhere", PYTHONPATH="")
     assert (tmp_path / "run" / "checkpoint" / "00000001.pt").exists()
 
 
@@ -206,6 +214,12 @@ WRONG = [
     ("--init WIDER", "head.projects.0.bias is (32,), not (64,)"),
     ("--data.val_datasets [{path:nowhere,split:.val.txt}]", "nowhere"),
     ("--data.val_datasets [{path:PATH,splits:.val.txt}]", "unknown key 'splits'"),
+    ("--data.val_datasets [{path:PATH,width:wide}]", "width must be a whole number from 14 on, not 'wide'"),
+    ("--data.datasets [generated]", "must be keys and values"),
+    ("--gradient_accumulation_steps 0", "gradient_accumulation_steps is 0"),
+    ("--loss.synthetic.mask_l2.function mask_bce_loss", "mask_bce_loss needs mask_logit"),
+    ("--lr_scheduler.params.lr_lamda 1", "'lr_lamda' is unknown"),
+    ("--init PATH/val/0000/image.jpg", "image.jpg is no MoGe checkpoint"),
 ]
 
 
@@ -329,7 +343,7 @@ def test_pictures_show_near_in_red_and_unknown_in_black():
     assert panel(np.zeros((30, 40, 3), np.uint8), depth, mask, {"depth": depth, "points": points, "mask": mask}).shape[1] > 6 * 40
 
 
-def test_infer_writes_instances_and_names_what_it_cannot_use(images, straight, tmp_path):
+def test_infer_writes_instances_and_names_what_it_cannot_use(images, straight, tmp_path, monkeypatch, capsys):
     """An image of a folder, a panorama; what is written is an instance of the data format."""
     from moge.io import read_instance
 
@@ -337,8 +351,10 @@ def test_infer_writes_instances_and_names_what_it_cannot_use(images, straight, t
     (tmp_path / "photos").mkdir()
     for i in range(2):
         shutil.copy(images / "val" / f"000{i}" / "image.jpg", tmp_path / "photos" / f"{i}.jpg")
-    output = run("moge/infer.py", "--pretrained", weights, "-i", tmp_path / "photos", "-o", tmp_path / "out", "--fov_x", "60")
-    assert output.count("field of view 60.0 x") == 2
+    (tmp_path / "photos" / "0a.jpg").write_bytes(b"no image")
+    args = ("moge/infer.py", "--pretrained", weights, "-i", tmp_path / "photos", "-o", tmp_path / "out", "--fov_x", "60")
+    output = run(*args, "--device", "cpu", ranks=2, code=1)
+    assert output.count("field of view 60.0 x") == 2 and output.count("0a.jpg: not a readable image") == 1  # each image by one rank
     folder = tmp_path / "out" / "1"
     made, points = read_instance(folder), np.load(folder / "points.npy")
     depth, mask = np.load(folder / "depth.npy"), read_image(folder / "mask.png")[..., 0] > 0
@@ -351,8 +367,17 @@ def test_infer_writes_instances_and_names_what_it_cannot_use(images, straight, t
 
     write_image(tmp_path / "panorama.png", wide)
     output = run("moge/infer.py", "--pretrained", weights, "-i", tmp_path / "panorama.png", "-o", tmp_path / "out", "--panorama")
+    args = ("moge/infer.py", "--pretrained", weights, "-i", images / "val/0000/image.jpg", "-o", tmp_path / "out", "--panorama")
+    assert "80 x 64 pixels are no panorama" in run(*args, code=1)
     assert "panorama, " in output and np.load(tmp_path / "out/panorama/distance.npy").shape == wide.shape[:2]
     assert "no such image" in run("moge/infer.py", "--pretrained", weights, "-i", tmp_path / "x.jpg", "-o", tmp_path / "out", code=None)
+    from moge import infer
+
+    for words in ("--fov_x 200", "--fov_x 0", "--num_tokens -5", "--num_tokens 1", "--resolution_level 100", "--resize -5"):
+        monkeypatch.setattr(sys, "argv", ["infer.py", "--checkpoint", "m.pt", "-i", "x", "-o", "y", *words.split()])
+        with pytest.raises(SystemExit):
+            infer.main()
+        assert f"error: {words.split()[0]}" in capsys.readouterr().err
     (tmp_path / "half.pt").write_bytes(b"PK\x03\x04 not whole")
     output = run("moge/infer.py", "--pretrained", tmp_path / "half.pt", "-i", tmp_path / "photos", "-o", tmp_path / "out", code=None)
     assert "half.pt" in output and "Traceback" not in output
@@ -372,22 +397,66 @@ def test_eval_shares_the_images_out_and_writes_rows_and_protocol(images, straigh
     )
     mine = result["mean"]["00000004_ema"]
     assert mine["fov_x"]["mae"] > 0 and mine["points_affine_invariant"]["rel"] <= mine["points_scale_invariant"]["rel"] + 0.05
+    poor = tmp_path / "poor"
+    shutil.copytree(images, poor)
+    write_depth(poor / "val/0000/depth.png", np.full((64, 80), np.nan, np.float32))
+    (poor / "val/0001/image.jpg").write_bytes(b"no image")
+    (poor / ".val.txt").write_text("val/0000\nval/0001\ntrain/0000\n")
     sets = {
-        "val": {"path": str(images), "split": ".val.txt", "width": 56, "height": 42},
+        "val": {"path": str(poor), "split": ".val.txt", "width": 56, "height": 42, "include_normal": True},
         "train": {"path": str(images), "width": 56, "height": 42},
     }
     (tmp_path / "sets.json").write_text("# mine\n" + json.dumps(sets))
-    both = run("moge/eval.py", "--config", tmp_path / "sets.json", "--limit", "1", "--fov_augmentation", "3")  # the baseline alone
-    assert "mean of the 2 sets" in both and "val: mean of 1 images" in both
+    (tmp_path / "flat.py").write_text(
+        "import torch\nclass Baseline:\n    def __call__(self, image, K):\n"
+        "        return {'depth_affine_invariant': torch.ones(image.shape[:2])} if K is None else 0\n"
+    )
+    args = ("moge/eval.py", "--config", tmp_path / "sets.json", "--baseline", tmp_path / "flat.py", "--limit", "3")
+    both = run(*args, "--fov_augmentation", "3", "--json", tmp_path / "both.json", "--dump_pred", "--dump_gt", code=1)
+    assert "mean of the 2 sets" in both and "val: mean of 1 images; left out: 1 without depth, 1 unreadable" in both
+    result = json.loads((tmp_path / "both.json").read_text())
+    assert result["images"]["val"]["flat"]["depth_affine_invariant"] == {"rel": 1, "delta1": 1}
+    assert result["left_out"]["val"].keys() == {"val/0000", "val/0001"} and result["left_out"]["train"] == {}
+    assert np.load(tmp_path / "both/val/train/0000/flat.npz")["depth_affine_invariant"].shape == (42, 56)
+    assert np.load(tmp_path / "both/val/train/0000/gt.npz")["points"].shape == (42, 56, 3)
     assert "no-such" in run(*common[:3], "--data", tmp_path / "no-such", code=None)
 
 
+WRONG_SETS = [
+    ("a list", "keys and values"),
+    ({"split": ".val.txt"}, "needs a path"),
+    ({"width": "640"}, "width must be a whole number"),
+    ({"height": -5}, "height must be"),
+    ({"subset": 0}, "subset must be a whole number from 1 on"),
+    ({"depth_unit": 0}, "depth_unit must be a number above 0"),
+    ({"depth_unit": -1.0}, "depth_unit must be"),
+    ({"drop_max_depth": "far"}, "drop_max_depth must be"),
+    ({"splits": 1}, "unknown key 'splits'"),
+]
+
+
+@pytest.mark.parametrize(("entry", "message"), WRONG_SETS, ids=[message for _, message in WRONG_SETS])
+def test_wrong_evaluation_sets_are_named(images, entry, message):
+    if isinstance(entry, dict) and "split" not in entry:
+        entry = {"path": str(images)} | entry
+    with pytest.raises(ValueError, match=message):
+        list_samples(entry)
+
+
+def test_metrics_of_absurd_predictions():
+    """Negative depth is never right, NaN is no edge, and an infinite error stays in the mean, which only NaN leaves."""
+    assert delta1_depth(torch.tensor([-1.0, 1.0]), torch.ones(2)) == 0.5
+    gt, nan = torch.ones(12, 12), torch.full((12, 12), torch.nan)
+    gt[:, 6:] = 2
+    assert boundary_f1(gt, gt, gt > 0, 1) == pytest.approx(1) and boundary_f1(nan, gt, gt > 0, 1) == 0
+    rows = [{"method": "a", "seconds": 1.0, "depth.rel": value} for value in (1.0, np.nan, np.inf)]
+    found = summary([*rows[:2], {"method": "a", "left_out": "no depth"}], "a")
+    assert found["mean"] == {"depth": {"rel": 1.0}} and found["images"] == {"depth": {"rel": 1}}
+    assert summary(rows, "a")["mean"]["depth"]["rel"] == np.inf and summary(rows[1:2], "a")["mean"] == {}
+
+
 def test_oracle_knows_the_camera_and_a_perfect_prediction_scores_zero(images):
-    from moge.eval import evaluate, list_samples
-
-    samples = list_samples(path=str(images), split=".val.txt", width=56, height=42, depth_unit=1.0)
-    from moge.eval import read_sample
-
+    samples = list_samples({"path": str(images), "split": ".val.txt", "width": 56, "height": 42, "depth_unit": 1.0})
     truth = {name: read_sample(sample) for name, sample in enumerate(samples)}
     assert all(gt["depth_mask"].float().mean() > 0.3 for gt in truth.values())
 
@@ -395,7 +464,7 @@ def test_oracle_knows_the_camera_and_a_perfect_prediction_scores_zero(images):
         gt = next(gt for gt in truth.values() if np.array_equal(gt["image"], image))
         return {"points_metric": gt["points"], "depth_metric": gt["depth"], "intrinsics": gt["intrinsics"]}
 
-    mean = evaluate({"perfect": perfect}, samples)["perfect"]["mean"]
+    mean = summary(evaluate({"perfect": perfect}, samples), "perfect")["mean"]
     for name in ("depth_metric", "points_metric", "points_affine_invariant", "depth_affine_invariant"):
         assert mean[name]["rel"] < 1e-4 and mean[name]["delta1"] > 0.9999, name
     assert mean["fov_x"]["mae"] == 0

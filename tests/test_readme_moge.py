@@ -123,6 +123,6 @@ def test_messages_quoted_in_the_readme_are_ours():
     quoted = """would start from random weights; is not in the loss table; unknown function; no such index; no depth map there
         intrinsics are not normalised; no key 'intrinsics'; leaves its root; does not fit this model; this model section describes MoGe
         are in no optimizer group; bad sample replaced; were unreadable; steps in a row had a non-finite loss or gradient
-        is in use by another run"""
+        is in use by another run; five views in a row show no depth; takes no params; and the model gives; has no parameters"""
     for words in (words.strip() for line in quoted.split("\n") for words in line.split(";")):
         assert words in table and words in sources, words
