@@ -422,6 +422,24 @@ def test_eval_shares_the_images_out_and_writes_rows_and_protocol(images, straigh
     assert "no-such" in run(*common[:3], "--data", tmp_path / "no-such", code=None)
 
 
+def test_eval_that_breaks_off_leaves_the_means_so_far(images, tmp_path, monkeypatch):
+    from moge import eval as command
+
+    (images / ".long.txt").write_text("val/0000\n" * 101)
+
+    def evaluate(methods, samples, *rest):
+        if len(samples) < 100:
+            raise OSError("no more")
+        return [{"set": "s", "image": "i", "method": "constant plane", "seconds": 1.0, "depth.rel": 0.5}]
+
+    monkeypatch.setattr(command, "evaluate", evaluate)
+    words = ["--data", str(images), "--split", ".long.txt", "--json", str(tmp_path / "r.json")]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *words])
+    with pytest.raises(SystemExit, match="no more"):
+        command.main()
+    assert json.loads((tmp_path / "r.json").read_text())["mean"]["constant plane"] == {"depth": {"rel": 0.5}}
+
+
 WRONG_SETS = [
     ("a list", "keys and values"),
     ({"split": ".val.txt"}, "needs a path"),
