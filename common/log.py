@@ -120,6 +120,40 @@ class Logger:
             self.board.close()
 
 
+class Averages:
+    """Means of what a run logs: over the steps since the last log line, their entries and the ranks. Sums stay on the device."""
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}  # (2,) float64 for each name: sum and number of finite entries
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Take tensors of any shape; entries that are not finite (NaN: there is none) are left out."""
+        for name, value in values.items():
+            known = value.isfinite()
+            pair = torch.stack([torch.where(known, value.double(), 0.0).sum(), known.sum()])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def state(self) -> list[dict]:
+        """The sums of each rank, for a checkpoint. Every rank takes part."""
+        return dist.gather({name: pair.tolist() for name, pair in self.sums.items()})
+
+    def load(self, ranks: list[dict], device: torch.device) -> None:
+        """Take a state up again; with another number of ranks the first takes it all."""
+        mine = ranks[dist.rank()] if len(ranks) == dist.world_size() else {}
+        if len(ranks) != dist.world_size() and dist.is_main():
+            for name in {name for part in ranks for name in part}:
+                mine[name] = [sum(pair) for pair in zip(*(part[name] for part in ranks if name in part))]
+        self.sums = {name: torch.tensor(pair, dtype=torch.float64, device=device) for name, pair in mine.items()}
+
+    def take(self) -> dict[str, float]:
+        """The means so far, of names with a finite entry on some rank; starts anew. Every rank takes part."""
+        names = sorted({name for part in dist.gather(list(self.sums)) for name in part})
+        pairs = {name: self.sums[name].tolist() if name in self.sums else (0.0, 0.0) for name in names}
+        total = dist.all_sum({f"{name} {i}": pairs[name][i] for name in names for i in (0, 1)})
+        self.sums = {}
+        return {name: total[f"{name} 0"] / total[f"{name} 1"] for name in names if total[f"{name} 1"]}
+
+
 class Progress:
     """One bar on a terminal, plain lines through the log elsewhere: loss, lr, samples/s, data share, memory, time left."""
 

@@ -7,6 +7,7 @@ resume         the same command again
 """
 
 import copy
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -15,13 +16,13 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of moge/
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import config, data, dist
 from common.checkpoint import Checkpoints, apply_optimizer
 from common.guard import StepGuard
-from common.log import Logger, Progress
+from common.log import Averages, Logger, Progress
 from moge import dinov2, optimization
 from moge.dataset import MoGeDataset, batch_keys, batch_size, unpack
 from moge.draw import draw_samples, draw_truth
@@ -120,9 +121,9 @@ def train_step(
             loss, terms = total_loss(cfg.loss, out, batch)  # float32
             scaler.scale(loss / count).backward()
         total += loss.detach() / count
-        terms["monitoring.std"] = out["points"].detach().flatten(1).std(1)
+        terms |= {"loss": loss.detach()[None], "monitoring.std": out["points"].detach().flatten(1).std(1)}
         for name, value in terms.items():
-            logs.setdefault(name, []).append(value)
+            logs.setdefault(f"loss/{name}", []).append(value)
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], cfg.grad_clip)
     guard.settle()  # the flag of the step before
@@ -134,40 +135,7 @@ def train_step(
     scaler.update()
     if ema is not None:
         update_ema(list(ema.state_dict().values()), model.state_dict().values(), updates, cfg.ema_decay, skip=flag)
-    return {"loss": total, "logs": logs, "grad_norm": grad_norm, "rates": rates}
-
-
-class Averages:
-    """Means of the losses and metrics over the window between two log lines, the images and the ranks; NaN (no such entry) left out."""
-
-    def __init__(self):
-        self.sums: dict[str, Tensor] = {}  # {tag: (sum, count)} on the device
-
-    def add(self, logs: dict[str, list[Tensor]]) -> None:
-        for name, values in logs.items():
-            values = torch.cat(values)
-            pair = torch.stack([values.nansum(), values.isfinite().sum()])
-            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
-
-    def state(self) -> list[dict]:
-        """What each rank has seen since the last log line, for a checkpoint."""
-        return dist.gather({name: pair.tolist() for name, pair in self.sums.items()})
-
-    def load(self, ranks: list[dict], device) -> None:
-        """Take a state up again; with another number of ranks one takes it all."""
-        mine = ranks[dist.rank()] if len(ranks) == dist.world_size() else {}
-        if len(ranks) != dist.world_size() and dist.is_main():
-            for name in sorted({name for part in ranks for name in part}):
-                mine[name] = torch.tensor([part[name] for part in ranks if name in part]).sum(0).tolist()
-        self.sums = {name: torch.tensor(pair, device=device) for name, pair in mine.items()}
-
-    def take(self) -> dict[str, float]:
-        """The means so far; starts anew. Every rank takes part, with whatever entries it has seen."""
-        names = sorted({name for part in dist.gather(sorted(self.sums)) for name in part})
-        pairs = {name: self.sums.get(name, torch.zeros(2)).tolist() for name in names}
-        total = dist.all_sum({f"{name} {i}": pairs[name][i] for name in names for i in (0, 1)})
-        self.sums = {}
-        return {f"loss/{name}": total[f"{name} 0"] / total[f"{name} 1"] for name in names if total[f"{name} 1"]}
+    return {"logs": {name: torch.cat(values) for name, values in logs.items()}, "grad_norm": grad_norm, "rates": rates}
 
 
 def validate(model: MoGe, cfg, device: torch.device) -> dict[str, float]:
@@ -281,10 +249,10 @@ def main() -> None:
 
         if due(step, cfg.log_every) or step == last_step:
             dist.check_drift(model.parameters(), step)
-            values = averages.take() | dist.all_mean({"loss/loss": out["loss"]})
+            values = averages.take()
             run = {"train/grad_norm": out["grad_norm"], "train/skipped": guard.skipped, "train/bad_samples": bad.total()}
             run |= {f"train/lr_{i}" if i else "train/lr": rate for i, rate in enumerate(out["rates"])}
-            log.scalars(step, values | run | progress.update(step, values["loss/loss"], out["rates"][0], images))
+            log.scalars(step, values | run | progress.update(step, values.get("loss/loss", math.nan), out["rates"][0], images))
         if vis and (due(step, cfg.vis_every) or step == 1):
             draw_samples((ema or model).eval(), vis, log, step)
             model.train()

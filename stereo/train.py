@@ -21,9 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from common import config, data, dist
 from common.checkpoint import Checkpoints, apply_optimizer, apply_weights, load_weights
 from common.guard import StepGuard
-from common.log import Logger, Progress
+from common.log import Averages, Logger, Progress
 from stereo import recipe
-from stereo.averages import Averages
 from stereo.dataset import Source, StereoDataset, make_sources
 from stereo.draw import draw_samples
 from stereo.ema import make_ema, update_ema
@@ -253,7 +252,7 @@ def main() -> None:
             values = averages.take()
             run = {"train/grad_norm": out["grad_norm"], "train/lr": out["lr"], "train/skipped": guard.skipped}
             run["train/bad_samples"] = bad.total()
-            log.scalars(step, values | run | progress.update(step, values["loss/loss"], out["lr"], pairs))
+            log.scalars(step, values | run | progress.update(step, values.get("loss/loss", math.nan), out["lr"], pairs))
         if vis and step % cfg.vis_every == 0:
             shown = ema or model
             draw_samples(predictor(shown.eval(), device, cfg.valid_iters, dtype=dtype), vis, log, step)

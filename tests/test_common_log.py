@@ -8,10 +8,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import config, io, log
-from common.log import Logger, Progress
+from common.log import Averages, Logger, Progress
 
 
 def lines(folder) -> list[dict]:
@@ -180,6 +181,17 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     progress.update(6, loss=0.5, lr=0.1, samples=2)
     progress.close()
     assert "6/10" in capsys.readouterr().err and not (tmp_path / "log.txt").exists()
+
+
+def test_averages_leave_out_what_is_not_finite_and_go_on_after_a_stop():
+    first, second, other = Averages(), Averages(), Averages()
+    first.add({"loss": torch.tensor([1.0, 4.0, torch.nan]), "epe": torch.tensor(2.0)})
+    first.add({"loss": torch.tensor([torch.inf]), "rare": torch.tensor(torch.nan)})
+    second.load(first.state(), torch.device("cpu"))
+    second.add({"loss": torch.tensor([4.0]), "epe": torch.tensor(0.0)})
+    assert second.take() == {"loss": 3.0, "epe": 1.0} and second.take() == {}
+    other.load([*first.state(), {"loss": [7.0, 1.0], "more": [1.0, 2.0]}], torch.device("cpu"))  # of two ranks
+    assert other.take() == {"loss": 4.0, "epe": 2.0, "more": 0.5}
 
 
 def test_names_in_the_lock_follow_the_owner(tmp_path):

@@ -14,7 +14,6 @@ from common import dist
 from common.config import read
 from common.io import read_image, write_image
 from stereo import recipe
-from stereo.averages import Averages
 from stereo.codec import encode_pfm
 from stereo.ema import make_ema, update_ema
 from stereo.formats import list_pairs, read_disparity, read_views
@@ -442,18 +441,6 @@ def test_learning_rates_of_the_configs():
             ), (kind, step)
             optimizer.step()
             theirs.step()
-
-
-def test_means_of_a_window_leave_out_what_is_not_finite_and_survive_a_stop():
-    values = lambda a, b: {"loss/loss": torch.tensor(a), "metric/epe": torch.tensor(b)}
-    first, second, other = Averages(), Averages(), Averages()
-    first.add(values(1.0, 2.0))
-    first.add(values(torch.nan, 4.0))
-    second.load(first.state(), torch.device("cpu"))
-    second.add(values(3.0, 0.0))
-    assert second.take() == {"loss/loss": 2.0, "metric/epe": 2.0} and second.take() == {}
-    other.load(first.state() + [{"loss/loss": [8.0, 1.0], "metric/epe": [0.0, 1.0]}], torch.device("cpu"))  # of two ranks
-    assert other.take() == {"loss/loss": 4.5, "metric/epe": 2.0}
 
 
 def test_losses_of_label_types_count_by_their_share():
