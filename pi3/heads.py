@@ -9,6 +9,13 @@ from pi3.attention import Block, CrossBlock, Rope
 from pi3.geometry import complete, nearest_rotation
 
 
+def run_block(block: nn.Module, *args, recompute: bool) -> Tensor:
+    """A block's output; `recompute` its activations in the backward pass instead of keeping them."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+    return block(*args)
+
+
 class HeadTransformer(nn.Module):
     """Transformer over the tokens of each view alone: (B*N, L, in_dim) -> (B*N, L, out_dim). No final norm."""
 
@@ -22,27 +29,27 @@ class HeadTransformer(nn.Module):
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         x = self.projects(x)
         for block in self.blocks:
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, rope)
+            x = run_block(block, x, rope, recompute=self.checkpointing and self.training)
         return self.linear_out(x)
 
 
 class ContextTransformer(nn.Module):
     """Transformer of x (B, L, in_dim) with attention to a context (B, M, in_dim) in every block: (B, L, out_dim)."""
 
-    def __init__(self, in_dim: int, dim: int, depth: int, num_heads: int, out_dim: int, self_attention: bool = True):
+    def __init__(
+        self, in_dim: int, dim: int, depth: int, num_heads: int, out_dim: int, self_attention: bool = True, checkpointing: bool = False
+    ):
         super().__init__()
         self.projects_x = nn.Linear(in_dim, dim)
         self.projects_y = nn.Linear(in_dim, dim)
         self.blocks = nn.ModuleList(CrossBlock(dim, num_heads, self_attention) for _ in range(depth))
         self.linear_out = nn.Linear(dim, out_dim)
+        self.checkpointing = checkpointing
 
     def forward(self, x: Tensor, context: Tensor, rope: Rope | None = None) -> Tensor:
         x, context = self.projects_x(x), self.projects_y(context)
         for block in self.blocks:
-            x = block(x, context, rope)
+            x = run_block(block, x, context, rope, recompute=self.checkpointing and self.training)
         return self.linear_out(x)
 
 

@@ -49,6 +49,8 @@ def prepare_ground_truth(local_points: Tensor, poses: Tensor, mask: Tensor) -> t
     local_points: in each camera's frame, metric; values outside the mask may be anything. Returns (local points, poses).
     """
     local_points = local_points.nan_to_num(0.0, 0.0, 0.0)
+    # the first camera's place is taken off before it is turned: far from the world's origin R^T t_i - R^T t_0 would cancel
+    poses = poses - F.pad(poses[:, :1, :3, 3:], (3, 0, 0, 1))
     poses = inverse_se3(poses[:, :1]) @ poses
     factor = 1 / mean_distance(transform(poses, local_points), mask)
     return local_points * factor[:, None, None, None, None], rescale_poses(poses, factor)

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pi3.attention import Block, Rope, rope_tables, token_positions
 from pi3.dinov2 import REGISTERS, DINOv2
 from pi3.geometry import transform
-from pi3.heads import CameraHead, ContextTransformer, DenseHead, HeadTransformer, points_from_raw
+from pi3.heads import CameraHead, ContextTransformer, DenseHead, HeadTransformer, points_from_raw, run_block
 
 PATCH = 14
 NUM_REGISTERS = 5  # learned tokens in front of the patches of every view, beside those of DINOv2, which are dropped
@@ -63,6 +62,10 @@ class Pi3(nn.Module):
         super().__init__()
         if enc_dim != dec_dim:
             raise ValueError(f"enc_dim {enc_dim} and dec_dim {dec_dim} differ: nothing projects one to the other")
+        widths = ("enc", enc_dim, enc_heads, 1), ("dec", dec_dim, dec_heads, 4), ("head", head_dim, head_heads, 4)
+        for part, dim, heads, unit in widths:  # rotary embedding takes four channels of a head at a time
+            if heads < 1 or dim % (unit * heads):
+                raise ValueError(f"{part}_dim {dim} does not divide into {part}_heads {heads} of a multiple of {unit} channels each")
         if dec_depth < 2 or dec_depth % 2:
             raise ValueError(f"dec_depth is {dec_depth}: blocks come in pairs (within views, over all views)")
         if num_dec_blk_to_checkpoint is not None:
@@ -83,7 +86,9 @@ class Pi3(nn.Module):
         if train_conf:
             self.conf_decoder, self.conf_head = head(point_out), DenseHead(point_out, 1, PATCH)
         if use_global_points:
-            self.global_points_decoder = ContextTransformer(2 * dec_dim, head_dim, head_depth, head_heads, point_out)
+            self.global_points_decoder = ContextTransformer(
+                2 * dec_dim, head_dim, head_depth, head_heads, point_out, checkpointing=checkpoint_heads
+            )
             self.global_point_head = DenseHead(point_out, 3, PATCH)
         self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1))
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1))
@@ -108,10 +113,7 @@ class Pi3(nn.Module):
         last_two = []
         for i, block in enumerate(self.decoder):
             x, rope = (x.view(BN // views, views * L, C), over_views) if i % 2 else (x.view(BN, L, C), per_view)
-            if self.training and torch.is_grad_enabled() and i >= self.num_dec_blk_not_to_checkpoint:
-                x = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, rope)
+            x = run_block(block, x, rope, recompute=self.training and i >= self.num_dec_blk_not_to_checkpoint)
             if i >= len(self.decoder) - 2:
                 last_two.append(x.view(BN, L, C))
         return torch.cat(last_two, -1)

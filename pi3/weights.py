@@ -38,10 +38,20 @@ def find_weights(path: str | Path) -> Path:
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return folder / name
-    steps = [p for f in (folder, folder / "checkpoint") if f.is_dir() for p in f.glob("*.pt") if re.fullmatch(r"\d{8,}", p.stem)]
-    if not steps:
-        raise FileNotFoundError(f"{folder}: no model.safetensors, pytorch_model.bin or {{step}}.pt in it")
-    return max(steps, key=lambda p: int(p.stem))
+    for f in (folder, folder / "checkpoint"):
+        if (f / "latest.pt").is_file():  # later files than its step are those of a run that was turned back from
+            return f / f"{last_step(f / 'latest.pt'):08d}.pt"
+        if steps := [p for p in f.glob("*.pt") if re.fullmatch(r"\d{8,}", p.stem)]:
+            return max(steps, key=lambda p: int(p.stem))
+    raise FileNotFoundError(f"{folder}: no model.safetensors, pytorch_model.bin or {{step}}.pt in it")
+
+
+def last_step(record: Path) -> int:
+    """The step that a run's latest.pt names as its last; ValueError where the file is damaged."""
+    try:
+        return int(torch.load(record, weights_only=True)["step"])
+    except Exception as error:  # a damaged archive raises anything
+        raise ValueError(f"{record} is damaged: give the file of a step, {{step}}.pt beside it, instead ({error})") from None
 
 
 def stored_options(path: Path) -> dict | None:

@@ -70,6 +70,15 @@ def test_the_loss_does_not_see_scale_and_frame():
             assert got[name].item() == pytest.approx(want[name].item(), rel=2e-4), name
 
 
+def test_a_scene_far_from_the_origin_has_the_same_loss():
+    points, poses, mask, flags = truth()
+    poses[..., :3, 3] = (64 * poses[..., :3, 3]).round() / 64  # so that float32 holds the moved poses exactly
+    pred, far = prediction(points, poses, 0.05), poses.clone()
+    far[..., :3, 3] += 65536
+    want, got = (losses.pi3_loss(pred, points, t, mask, flags) for t in (poses, far))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_pixels_outside_the_mask_do_not_matter():
     points, poses, mask, flags = truth()
     pred = prediction(points, poses, 0.05)

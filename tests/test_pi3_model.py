@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import pi3 as bench
+from common.checkpoint import Checkpoints
 from pi3.attention import rope_tables, rotate, token_positions
 from pi3.dataset import unpack
 from pi3.geometry import nearest_rotation
@@ -18,6 +19,7 @@ from pi3.pi3x import Pi3X
 from pi3.schedule import parameter_groups
 from pi3.segformer import SegFormer, load_segformer
 from pi3.train import compile_blocks
+from pi3.weights import find_weights
 
 SIZES = {"enc_dim": 48, "enc_depth": 1, "enc_heads": 3, "dec_dim": 48, "dec_depth": 6, "dec_heads": 3, "head_dim": 32,
          "head_depth": 1, "head_heads": 2, "point_out": 24, "camera_dim": 16, "pos_img_size": 56}  # fmt: skip
@@ -142,6 +144,10 @@ def test_checkpointing_changes_memory_and_nothing_else():
     heads = tiny(num_dec_blk_not_to_checkpoint=0, checkpoint_heads=True).train()
     freeze(heads)
     assert kept(lambda: training_loss(heads, images())) < memory[0]
+    plain, saving = (tiny(use_global_points=True, checkpoint_heads=on).train().global_points_decoder for on in (False, True))
+    tokens, rope = torch.rand(2, 11, 96), tiny().rope(token_positions(2, 3, 5), 16)
+    assert kept(lambda: saving(tokens, tokens, rope)) < 0.5 * kept(lambda: plain(tokens, tokens, rope))
+    assert torch.equal(saving(tokens, tokens, rope), plain(tokens, tokens, rope))
     for K in (0, 4):
         assert all(torch.equal(a, b) for a, b in zip(results[K], results[6]))
     assert tiny().num_dec_blk_not_to_checkpoint == 4 and tiny(num_dec_blk_to_checkpoint=5).num_dec_blk_not_to_checkpoint == 1
@@ -270,6 +276,8 @@ def test_a_step_does_not_make_the_host_wait():
 def test_bad_sizes_are_named():
     with pytest.raises(ValueError, match="enc_dim 32 and dec_dim 48"):
         tiny(enc_dim=32)
+    with pytest.raises(ValueError, match="enc_dim 48 does not divide into enc_heads 5"):
+        tiny(enc_heads=5)
     with pytest.raises(ValueError, match="in pairs"):
         tiny(dec_depth=5)
     with pytest.raises(ValueError, match="30x42"):
@@ -304,6 +312,24 @@ def test_vggt_blocks_interleave():
     del state["aggregator.global_blocks.2.ls1.gamma"]
     with pytest.raises(ValueError, match=r"decoder\.5\.ls1\.gamma"):
         load_vggt(model, state)
+
+
+def test_a_runs_folder_stands_for_its_last_checkpoint(tmp_path):
+    """Also where later files of a run that was turned back from lie beside it; without the record, the highest step."""
+    run = Checkpoints(tmp_path / "checkpoint", keep_last=9)
+    for step in (2, 4, 6, 3):  # back to step 2
+        run.save(step, {"": {"model": {"x": torch.ones(1)}}})
+        assert run.wait() is None
+    files = {step: tmp_path / f"checkpoint/{step:08d}.pt" for step in (3, 4, 6)}
+    assert files[6].exists() and find_weights(tmp_path) == find_weights(tmp_path / "checkpoint" / "latest.pt") == files[3]
+    assert find_weights(files[4]) == files[4]
+    (tmp_path / "checkpoint" / "latest.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"latest\.pt is damaged"):
+        find_weights(tmp_path)
+    (tmp_path / "checkpoint" / "latest.pt").unlink()
+    assert find_weights(tmp_path) == files[6]
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        find_weights(tmp_path.parent)
 
 
 def test_only_the_confidence_branch_may_be_missing():
