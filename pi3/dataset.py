@@ -1,6 +1,6 @@
 """Samples of RGB-D sequences, the mixture that training draws from, and batches on the device.
 
-    python pi3/dataset.py --check ROOT     list frames that cannot be used; draw samples with the overlap of their views
+    python pi3/dataset.py --check ROOT     list frames that cannot be used, of all splits; draw samples with the overlap of their views
     ... --invalid_list FILE                write the frames of ScanNet's scenes that have no usable pose, for data.scannet.invalid_list
 
 Everything about a sample follows from its key (position, views, width, height) and the seed. Workers return uint8 images and raw
@@ -25,7 +25,7 @@ from common.io import contact_sheet, write_image
 from pi3 import augment, sampling
 from pi3.draw import overlap_picture
 from pi3.geometry import overlap, transform, unproject, valid_depth
-from pi3.readers import detect, sequence_name, write_invalid_list
+from pi3.readers import detect, frame_name, frame_number, read_frame, sequence_name, write_invalid_list
 
 STEP_STRIDE = 1 << 20  # positions between the first samples of two steps: more than any batch has
 
@@ -56,19 +56,14 @@ def read_sample(
     rng.shuffle(frames)
     images, depths, Ks, poses = [], [], [], []
     for i in frames:
-        frame = reader.frame(item, i)
-        where = f"{reader.label}, sequence {sequence_name(reader, item)}, frame {_number(i)}"
-        if frame.image.shape[:2] != frame.depth.shape:
-            raise ValueError(f"{where}: image {frame.image.shape[:2]} and depth {frame.depth.shape} differ in size")
-        if not np.isfinite(frame.pose).all():
-            raise ValueError(f"{where}: the pose is not finite")
+        frame = read_frame(reader, item, i)
         zoom, enlarge = augment.draw_crop(rng, aug_focal, aug_crop) if train else (1.0, 0)
         crop = augment.plan_crop(frame.depth.shape[::-1], frame.K, size, zoom, enlarge)
         image = augment.crop_image(frame.image, crop)
         depth = reader.decode_depth(augment.crop_map(frame.depth, crop)).astype(np.float32)
         depth = np.where(np.isfinite(depth), depth, 0)
         if not ((depth > 0) & (depth < (reader.z_far or np.inf))).any():
-            raise ValueError(f"{where}: no valid depth in the view")
+            raise ValueError(f"{frame_name(reader, item, i)}: no valid depth in the view")
         images.append(augment.photometric(image, augment.draw_photometric(rng)) if train else image)
         depths.append(depth)
         Ks.append(crop.K)
@@ -81,12 +76,8 @@ def read_sample(
         "z_far": np.float32(reader.z_far),
         "dataset": reader.label,
         "sequence": sequence_name(reader, item),
-        "frames": [_number(i) for i in frames],
+        "frames": [frame_number(i) for i in frames],
     }
-
-
-def _number(frame: int | tuple[int, bool]) -> int:
-    return frame[0] if isinstance(frame, tuple) else frame
 
 
 class Mixture:
@@ -151,8 +142,10 @@ def unpack(batch: dict, device: torch.device | str) -> dict[str, Tensor]:
 # checking a data set
 
 
-def check(reader, samples: int, views: int, out: str | Path, stride: int = 1, size: tuple[int, int] = (168, 126)) -> list[str]:
-    """Read every stride-th frame of every sequence, and draw samples with the overlap of their views to `out`. Returns what is bad."""
+def check(
+    reader, samples: int, views: int, stride: int = 1, size: tuple[int, int] = (168, 126)
+) -> tuple[list[str], list[np.ndarray]]:
+    """Read every stride-th frame of every sequence: what is bad, and pictures of samples with the overlap of their views."""
     bad, rows = [], []
     for item in tqdm(range(len(reader)), desc="sequences", unit="sequence", disable=not sys.stderr.isatty()):
         name = sequence_name(reader, item)
@@ -170,7 +163,7 @@ def check(reader, samples: int, views: int, out: str | Path, stride: int = 1, si
             except (OSError, ValueError) as error:
                 bad.append(str(error))
     mixture = data.Guarded(Mixture([reader], [1.0], seed=0, train=False).read)
-    for position in range(samples):
+    for position in range(samples if len(reader) else 0):
         try:
             sample = mixture[(position, views, *size)]
         except RuntimeError as error:
@@ -181,9 +174,7 @@ def check(reader, samples: int, views: int, out: str | Path, stride: int = 1, si
         seen = overlap(batch["local_points"][0], depth, K, batch["poses"][0], batch["mask"][0])
         names = [f"{sample['sequence'][-14:]} {frame}" for frame in sample["frames"]]
         rows.append(overlap_picture(sample["images"], seen.numpy(), names))
-    if rows:
-        write_image(out, contact_sheet(rows, columns=1, gap=12))
-    return bad
+    return bad, rows
 
 
 class _OneFrame:
@@ -204,7 +195,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Check a data set for pi3 (TartanAir, ScanNet, CO3Dv2 or plain RGB-D folders).")
     parser.add_argument("--check", metavar="ROOT", required=True, type=Path, help="root folder; the layout is found out")
     parser.add_argument("--out", default="check.png", help="picture of samples: views, what other views see of them, shares in per cent")
-    parser.add_argument("--samples", type=int, default=3, help="samples drawn")
+    parser.add_argument("--samples", type=int, default=3, help="samples drawn of each split")
     parser.add_argument("--views", type=int, default=4, help="views of a sample")
     parser.add_argument("--stride", type=int, default=1, help="read every so-manieth frame")
     parser.add_argument("--invalid_list", type=Path, help="ScanNet: write the frames without a usable pose to this file; no check")
@@ -212,12 +203,19 @@ def main() -> int:
     try:
         if args.invalid_list:
             return write_invalid_list(args.check, args.invalid_list)
-        reader = detect(args.check)
-        bad = check(reader, args.samples, args.views, args.out, args.stride)
+        readers, bad = detect(args.check)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    print("\n".join([*bad, f"{reader.label}: {len(reader)} sequences; {len(bad)} problems; samples drawn to {args.out}"]))
+    rows = []
+    for reader in readers:
+        problems, pictures = check(reader, args.samples, args.views, args.stride)
+        bad, rows = bad + problems, rows + pictures
+    if rows:
+        write_image(args.out, contact_sheet(rows, columns=1, gap=12))
+    found = ", ".join(f"{reader.label}: {len(reader)} sequences" for reader in readers)
+    drawn = f"samples drawn to {args.out}" if rows else "no sample could be drawn"
+    print("\n".join([*bad, f"{found or args.check}; {len(bad)} problems; {drawn}"]))
     return int(bool(bad))
 
 

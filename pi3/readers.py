@@ -267,12 +267,15 @@ class CO3D:
     """CO3Dv2: {root}/{category}_{split}.jgz with the cameras, {root}/{category}/{sequence}/{images,depths,masks}.
 
     The annotations of a category are read once and kept as memory-mapped arrays in `index` (default {root}/index). mask_bg: zero
-    the depth off the object always (True), never (False) or in half of the samples ("rand").
+    the depth off the object always (True), never (False) or in half of the samples ("rand"). Sequences with a lost camera (T sums
+    to over 1e5) are left out, as the evaluation protocol has it.
     """
 
     label, z_far = "COD3DV2", 0.0  # spelt as in the official lists of data sets
 
     def __init__(self, root: str | Path, split: str = "train", mask_bg: bool | str = "rand", index: str | Path | None = None):
+        if mask_bg not in (True, False, "rand"):
+            raise ValueError(f"data.co3d.mask_bg {mask_bg!r}: expected true, false or rand")
         self.root, self.mask_bg = Path(root), mask_bg
         files = sorted(Path(root).glob(f"*_{split}.jgz"))
         if not files:
@@ -282,8 +285,8 @@ class CO3D:
         # sequences are runs of rows: (table, first row, end) of each
         self.sequences = []
         for t, table in enumerate(self.tables):
-            starts = np.flatnonzero(np.diff(table["sequence"], prepend=-1))
-            self.sequences += [(t, int(a), int(b)) for a, b in zip(starts, [*starts[1:], len(table)])]
+            starts, far = np.flatnonzero(np.diff(table["sequence"], prepend=-1)), table["T"].sum(1) > 1e5
+            self.sequences += [(t, int(a), int(b)) for a, b in zip(starts, [*starts[1:], len(table)]) if not far[a:b].any()]
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -355,16 +358,26 @@ class RGBDFolder:
     intrinsics.txt (3x3, pixels). `root` is one sequence or a folder of them.
 
     depth_scale: units per metre of the 16-bit depth. Frames without depth or without a finite pose are left out; ValueError if
-    fewer than two are left. label: name of the data set, which decides about the normal loss.
+    fewer than two are left. label: name of the data set, which decides about the normal loss. broken: a list that takes what is
+    wrong with sequences, which are then left out, in place of the ValueError.
     """
 
-    def __init__(self, root: str | Path, depth_scale: float = 1000.0, z_far: float = 0.0, label: str = "ScanNet"):
+    def __init__(
+        self, root: str | Path, depth_scale: float = 1000.0, z_far: float = 0.0, label: str = "ScanNet", broken: list | None = None
+    ):
         self.root, self.depth_scale, self.z_far, self.label = Path(root), depth_scale, z_far, label
         below = sorted(f for f in self.root.glob("*") if (f / "color").is_dir())
         folders = [self.root] if (self.root / "color").is_dir() else below
         if not folders:
             raise FileNotFoundError(f"{root}: neither a sequence (color/, depth/, pose/, intrinsics.txt) nor a folder of some")
-        self.sequences = [(folder, *self._scan(folder)) for folder in folders]
+        self.sequences = []
+        for folder in folders:
+            try:
+                self.sequences.append((folder, *self._scan(folder)))
+            except (OSError, ValueError) as error:
+                if broken is None:
+                    raise
+                broken.append(str(error))
 
     @staticmethod
     def _scan(folder: Path) -> tuple[list[tuple[Path, Path]], np.ndarray, np.ndarray]:
@@ -421,12 +434,39 @@ def sequence_name(reader, item: int) -> str:
     return str(folder.relative_to(reader.root)) if folder != reader.root else folder.name
 
 
-def detect(root: Path):
-    """The reader of the layout found under `root`."""
-    errors = []
-    for reader in (TartanAir, RGBDFolder, ScanNet, lambda r: ScanNet(r, "test"), CO3D, lambda r: CO3D(r, "test")):
-        try:
-            return reader(root)
-        except FileNotFoundError as error:
-            errors.append(str(error))
-    raise FileNotFoundError("\n".join(errors))
+def frame_name(reader, item: int, number) -> str:
+    """What a frame is called in messages."""
+    return f"{reader.label}, sequence {sequence_name(reader, item)}, frame {frame_number(number)}"
+
+
+def frame_number(number: int | tuple[int, bool]) -> int:
+    return number[0] if isinstance(number, tuple) else number
+
+
+def read_frame(reader, item: int, number) -> Frame:
+    """A frame whose parts fit together; ValueError where image and depth differ in size or the pose is not finite."""
+    frame = reader.frame(item, number)
+    if frame.image.shape[:2] != frame.depth.shape:
+        sizes = f"image {frame.image.shape[:2]} and depth {frame.depth.shape}"
+        raise ValueError(f"{frame_name(reader, item, number)}: {sizes} differ in size")
+    if not np.isfinite(frame.pose).all():
+        raise ValueError(f"{frame_name(reader, item, number)}: the pose is not finite")
+    return frame
+
+
+def detect(root: Path) -> tuple[list, list[str]]:
+    """The readers of the layout found under `root`, one for each split that is there, and what is wrong with those that are broken."""
+    bad, missing = [], []
+    splits = lambda kind: (kind, lambda r: kind(r, "test"))
+    for layout in ((TartanAir,), splits(ScanNet), splits(CO3D), (lambda r: RGBDFolder(r, broken=bad),)):
+        readers = []
+        for split in layout:
+            try:
+                readers.append(split(root))
+            except FileNotFoundError as error:
+                missing.append(str(error))
+            except (OSError, ValueError) as error:
+                bad.append(str(error))
+        if readers or bad:
+            return readers, bad
+    raise FileNotFoundError("\n".join(missing))

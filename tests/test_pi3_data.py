@@ -14,10 +14,10 @@ from runs import generated
 
 from common import data
 from pi3 import augment, sampling
-from pi3.dataset import Mixture, read_sample, step_keys, unpack
+from pi3.dataset import Mixture, main, read_sample, step_keys, unpack
 from pi3.geometry import inverse_se3, transform, unproject
 from pi3.loss import pi3_loss
-from pi3.readers import CO3D, RGBDFolder, ScanNet, TartanAir, _tartanair_pose_file, read_invalid_list, write_invalid_list
+from pi3.readers import CO3D, RGBDFolder, ScanNet, TartanAir, _tartanair_pose_file, read_invalid_list, sequence_name, write_invalid_list
 
 SIZE = (56, 42)
 
@@ -332,6 +332,12 @@ def test_co3d(co3d: Path):
     assert np.allclose(np.linalg.inv(frame.pose)[:3], [[-1, 0, 0, -0.3], [0, -1, 0, 0], [0, 0, 1, 2]])
     sample = read_sample(reader, 0, np.random.default_rng(0), 2, SIZE)
     assert sample["sequence"] == "apple/1_2_3" and sample["dataset"] == "COD3DV2"
+    with pytest.raises(ValueError, match=r"data\.co3d\.mask_bg 'random': expected true, false or rand"):
+        CO3D(co3d, mask_bg="random")
+    cameras = json.loads(gzip.decompress((co3d / "apple_train.jgz").read_bytes()))
+    cameras["1_2_3"][4]["T"] = [1e5, 0, 2.0]  # lost
+    (co3d / "apple_test.jgz").write_bytes(gzip.compress(json.dumps(cameras).encode()))
+    assert [sequence_name(CO3D(co3d, split), 0) for split in ("train", "test")] == ["apple/1_2_3", "apple/4_5_6"]
     (co3d / "pear_train.jgz").write_bytes(b"\x1f\x8b broken")
     with pytest.raises(ValueError, match=r"pear_train\.jgz: broken CO3D annotations"):
         CO3D(co3d)
@@ -362,6 +368,28 @@ def test_tartanair_that_is_broken(tmp_path: Path):
     (folder / "depth_left/000000_left_depth.npy").write_bytes(b"\x93NUMPY cut")
     with pytest.raises(ValueError, match=r"000000_left_depth\.npy"):
         reader.frame(0, 0)
+
+
+def test_check_covers_every_split_and_goes_on_after_a_bad_scene(tmp_path: Path, monkeypatch, capsys):
+    def check(root: Path) -> str:
+        monkeypatch.setattr("sys.argv", ["dataset.py", "--check", str(root), "--out", str(tmp_path / "check.png"), "--views", "2"])
+        assert main() == 1 and (tmp_path / "check.png").exists()
+        (tmp_path / "check.png").unlink()
+        return capsys.readouterr().out
+
+    rooms, own = write_scannet(tmp_path / "rooms"), tmp_path / "own"
+    (rooms / "scene0700_00/depth/3.png").write_bytes(b"cut")
+    shutil.copytree(rooms / "scene0001_00", rooms / "scene0002_00")
+    shutil.rmtree(rooms / "scene0001_00/color")
+    output = check(rooms)
+    assert "scene0700_00/depth/3.png" in output and "scene0001_00/color" in output
+    assert "ScanNet: 2 sequences, ScanNet: 1 sequences; 2 problems" in output
+    for name in ("a", "b", "c"):
+        write_folder(own / name)
+    os.remove(own / "a/intrinsics.txt")
+    (own / "b/color/001.jpg").write_bytes(b"cut")
+    output = check(own)
+    assert "a/intrinsics.txt" in output and "b/color/001.jpg" in output and "ScanNet: 2 sequences; 2 problems" in output
 
 
 def test_samples_are_functions_of_their_keys(folder: Path, co3d: Path):
