@@ -13,11 +13,13 @@ trajectory, points, depth: every --stride-th frame of a sequence in one pass. AT
 import argparse
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -33,7 +35,7 @@ from pi3.draw import top_down, training_picture
 from pi3.geometry import inverse_se3, transform, unproject, valid_depth
 from pi3.loss import has_normals, pi3_loss
 from pi3.model import PATCH, Pi3
-from pi3.readers import CO3D, RGBDFolder, ScanNet, TartanAir, sequence_name
+from pi3.readers import CO3D, RGBDFolder, ScanNet, TartanAir, read_frame, sequence_name
 from pi3.weights import load_model
 
 THRESHOLDS = (5, 15, 30)
@@ -85,11 +87,13 @@ def sample_scores(pred: dict[str, Tensor], truth: dict[str, Tensor]) -> dict:
 def validate_samples(
     model: Pi3, source: Mixture, count: int, views: int, size: tuple[int, int], batch: int, device: torch.device,
     dtype: torch.dtype | None = None, workers: int = 0, max_batches: int | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Mean losses, point_error, pooled pose accuracy and median pair errors (degrees) over `count` fixed samples of `source`.
+    sky: Callable[[Tensor], Tensor] | None = None, conf_target: str = "threshold",
+) -> dict:  # fmt: skip
+    """Mean losses, point_error, pooled pose accuracy and median pair errors (degrees) over `count` fixed samples of `source`;
+    "samples", their number, and "bad", why any were replaced by others.
 
     The samples are shared out over the ranks. Each counts once and by itself, so the result depends neither on the batch size nor
-    on the number of ranks.
+    on the number of ranks. sky: images (B, N, 3, H, W) to the mask (B, N, H, W) of their sky, where the confidence is scored too.
     """
     rank, world = dist.rank(), dist.world_size()
     mine = list(range(rank, count, world))
@@ -98,16 +102,17 @@ def validate_samples(
     parts = [mine[i * batch : (i + 1) * batch] or [0] for i in range(rounds)]  # [0]: a rank that has run out goes along, unscored
     scored = [bool(mine[i * batch : (i + 1) * batch]) for i in range(rounds)]
     keys = ([(k, views, *size) for k in part] for part in parts)
-    rows, sums = [], {}
+    rows, sums, bad = [], {}, []
     for number, loaded in enumerate(data.loader(data.Guarded(source.read), keys, workers)):
         dist.at(number, "validate")
         truth, normals = unpack(loaded, device), has_normals(loaded["dataset"]).to(device)
         pred = predict(model, truth["imgs"], dtype)
+        truth["sky"] = None if sky is None else sky(truth["imgs"])
+        bad += loaded["bad"]
         for i in range(len(normals) if scored[number] else 0):
             one = slice(i, i + 1)
-            p = {key: None if value is None else value[one] for key, value in pred.items()}
-            t = {key: value[one] for key, value in truth.items()}
-            terms = pi3_loss(p, t["local_points"], t["poses"], t["mask"], normals[one])
+            p, t = ({key: None if value is None else value[one] for key, value in d.items()} for d in (pred, truth))
+            terms = pi3_loss(p, t["local_points"], t["poses"], t["mask"], normals[one], t["sky"], conf_target)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
             rows.append(sample_scores(p, t))
@@ -117,37 +122,52 @@ def validate_samples(
     losses = {name: sum(part[name] for part in sums) / len(rows) for name in sums[0]}
     pairs = {"rot_deg": float(np.median(rotation)), "trans_deg": float(np.median(translation))}
     pairs |= metrics.pose_accuracy(rotation, translation, THRESHOLDS)
-    return losses | pairs | {"point_error": float(np.nanmean([row["point_error"] for row in rows])), "samples": len(rows)}
+    error = float(np.nanmean([row["point_error"] for row in rows]))
+    return losses | pairs | {"point_error": error, "samples": len(rows), "bad": [line for part in dist.gather(bad) for line in part]}
 
 
 # whole sequences
 
 
-def read_view(reader, item: int, number, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A frame resized as a whole to (width, height): image (3, H, W) in [0, 1], depth (H, W), K (3, 3), pose (4, 4), float32."""
-    frame = reader.frame(item, number)
+def read_view(reader, item: int, number, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, np.ndarray]:
+    """A frame resized as a whole to (width, height): image (3, H, W) in [0, 1], depth (H, W), K (3, 3), pose (4, 4), float32; and its
+    depth before that (h, w), 0 where it is unknown or too far."""
+    frame = read_frame(reader, item, number)
     H, W = frame.depth.shape
     image = np.array(Image.fromarray(frame.image).resize(size, Image.Resampling.LANCZOS))
     rows, columns = ((np.arange(n) * m // n) for n, m in zip(size[::-1], (H, W)))  # nearest
-    depth = reader.decode_depth(np.asarray(frame.depth)[rows[:, None], columns]).astype(np.float32)
+    depth = reader.decode_depth(np.asarray(frame.depth)).astype(np.float32)
+    depth = np.where(np.isfinite(depth) & (depth > 0) & (depth < (reader.z_far or np.inf)), depth, 0)
     scale = np.array([size[0] / W, size[1] / H])[:, None]
     K = np.array(frame.K, np.float64)
     K[:2] = K[:2] * scale
     K[:2, 2:] += (scale - 1) / 2  # pixel centres lie at whole numbers
-    depth = np.where(np.isfinite(depth), depth, 0)
     image = torch.from_numpy(image).permute(2, 0, 1).float() / 255
-    return image, torch.from_numpy(depth), torch.from_numpy(K.astype(np.float32)), torch.from_numpy(frame.pose.astype(np.float32))
+    resized = torch.from_numpy(depth[rows[:, None], columns])
+    return image, resized, torch.from_numpy(K.astype(np.float32)), torch.from_numpy(frame.pose.astype(np.float32)), depth
 
 
-def read_views(reader, item: int, numbers: list, width: int) -> dict[str, Tensor]:
-    """Frames of a sequence as a batch of one, as `unpack` gives it, and their depth (1, N, H, W), `width` pixels wide (0: see --width)."""
+def read_views(reader, item: int, numbers: list, width: int) -> dict:
+    """Frames of a sequence as a batch of one, as `unpack` gives it, `width` pixels wide (0: see --width), their depth (1, N, H, W),
+    and as "measured" their depth maps (h, w) in the size they are stored in."""
     H, W = reader.frame(item, numbers[0]).depth.shape
-    rounded = lambda pixels: max(1, round(pixels / PATCH)) * PATCH
-    size = (rounded(width), rounded(H * width / W)) if width else inference_size((W, H))
-    imgs, depth, K, poses = (torch.stack(values)[None] for values in zip(*(read_view(reader, item, n, size) for n in numbers)))
+    # the official size: the height follows from the width asked for, which is then cut to whole patches
+    patches = (width // PATCH, round(H * width / W / PATCH))
+    size = tuple(max(1, n) * PATCH for n in patches) if width else inference_size((W, H))
+    *views, measured = zip(*(read_view(reader, item, number, size) for number in numbers))
+    imgs, depth, K, poses = (torch.stack(values)[None] for values in views)
     local_points = unproject(depth, K)
-    mask = valid_depth(depth, transform(poses, local_points), torch.tensor([reader.z_far]))
-    return {"imgs": imgs, "local_points": local_points, "poses": poses, "mask": mask, "depth": depth}
+    mask = valid_depth(depth, transform(poses, local_points))
+    return {"imgs": imgs, "local_points": local_points, "poses": poses, "mask": mask, "depth": depth, "measured": measured}
+
+
+def evaluate_pairs(model: Pi3, reader, item: int, numbers: list, args, device, dtype) -> dict:
+    """Pair errors of the frames `numbers` of a sequence as `sample_scores` gives them, and what their order changes."""
+    truth, row = read_views(reader, item, numbers, args.width), {}
+    imgs = truth["imgs"].to(device)
+    if "pose" in args.metrics:
+        row |= sample_scores({k: v.cpu() for k, v in predict(model, imgs, dtype).items() if v is not None}, truth)
+    return row | ({"permutation": permutation_difference(model, imgs, dtype)} if args.permutation else {})
 
 
 def evaluate_sequence(model: Pi3, reader, item: int, numbers: list, args, device, dtype) -> dict[str, float]:
@@ -156,21 +176,29 @@ def evaluate_sequence(model: Pi3, reader, item: int, numbers: list, args, device
     pred = {k: v[0].cpu() for k, v in predict(model, truth["imgs"].to(device), dtype).items() if v is not None}
     mask, world, row = truth["mask"][0], transform(truth["poses"], truth["local_points"])[0], {}
 
+    def depth() -> dict[str, float]:  # the prediction is brought to the size of the truth
+        pairs = zip(pred["local_points"][..., 2].numpy(), truth["measured"])
+        p = np.concatenate([cv2.resize(z, g.shape[::-1], interpolation=cv2.INTER_CUBIC).ravel() for z, g in pairs])
+        g = np.concatenate([g.ravel() for g in truth["measured"]])
+        errors = metrics.depth_errors(p, g, args.align, args.max_depth, args.clip, args.align_lr)
+        if not errors["valid_pixels"]:
+            raise ValueError("no valid depth")
+        return errors
+
     def points() -> dict[str, float]:
         p, t = pred["points"][mask].numpy(), world[mask].numpy()
         chosen = np.linspace(0, len(t) - 1, min(len(t), args.max_points or len(t))).astype(int)
         errors = metrics.evaluate_reconstruction(p[chosen], t[chosen], args.max_distance)
         return errors | {"point_error": point_error(pred["points"], world, mask)}
 
-    depth = torch.where(mask, truth["depth"][0], 0.0)
     for name, score in (
         ("trajectory", lambda: metrics.trajectory_errors(pred["camera_poses"].numpy(), truth["poses"][0].numpy())),
         ("points", points),
-        ("depth", lambda: metrics.depth_errors(pred["local_points"][..., 2], depth, args.align, args.max_depth)),
+        ("depth", depth),
     ):
         try:
             row |= score() if name in args.metrics else {}
-        except ValueError as error:  # fewer than three frames, or a camera that stands still
+        except ValueError as error:  # fewer than three frames, a camera that stands still, no depth
             print(f"{sequence_name(reader, item)}: {name} left out: {error}", flush=True)
     if args.pictures and mask.sum() >= 3:
         draw_sequence(Path(args.pictures) / sequence_name(reader, item).replace("/", "_"), pred, truth)
@@ -214,11 +242,13 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=10, help="pose: random views of a sequence, or all where it has fewer")
     parser.add_argument("--stride", type=int, default=1, help="the other metrics: every so many frames")
     parser.add_argument("--max_frames", type=int, default=200, help="the other metrics: at most the first so many of those")
-    parser.add_argument("--width", type=int, default=518, help="images are resized to this width; 0: to at most 255,000 pixels")
+    parser.add_argument("--width", type=int, default=518, help="of the images, cut to multiples of 14; 0: at most 255,000 pixels")
     parser.add_argument("--max_distance", type=float, default=0.1, help="points: ICP matches within this, in the data's units")
     parser.add_argument("--max_points", type=int, help="points: at most so many, evenly spaced; default all")
     parser.add_argument("--align", default="l1_scale_shift", choices=ALIGNMENTS, help="depth: how it is brought to the truth's scale")
     parser.add_argument("--max_depth", type=float, help="depth: truth beyond does not count")
+    parser.add_argument("--clip", type=float, help="depth: aligned predictions are cut to this (Sintel: 70)")
+    parser.add_argument("--align_lr", type=float, default=1e-4, help="depth: step size of l1_scale_shift (NYU-v2: 1e-3)")
     parser.add_argument("--depth_scale", type=float, default=1000.0, help="folder: units of the 16-bit depth per metre")
     parser.add_argument("--min_frames", type=int, default=2, help="leave out sequences with fewer usable frames; CO3D's protocol: 50")
     parser.add_argument("--limit", type=int, help="only the first so many sequences")
@@ -228,33 +258,49 @@ def main() -> None:
     parser.add_argument("--out", help="CSV file with one row per sequence")
     args = parser.parse_args()
 
+    for key, least in (("views", 2), ("min_frames", 2), ("stride", 1), ("max_frames", 1), ("width", 0), ("limit", 1), ("max_points", 3)):
+        if (value := getattr(args, key)) is not None and value < least:
+            raise SystemExit(f"--{key} {value}: must be at least {least}")
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+
     device = dist.init()
     dtype = dist.autocast_dtype(args.amp, device) if device.type == "cuda" else None
     reader = make_reader(args.kind, args.data, args.split, args.depth_scale)
     model = load_model(args.ckpt, device)
-    items = [item for item in range(len(reader)) if len(reader.numbers(item)) >= args.min_frames][: args.limit]
+    items, failed = {}, []  # {sequence: its usable frames}
+    for item in range(len(reader)):
+        try:
+            items[item] = reader.numbers(item)
+        except (OSError, ValueError) as error:
+            failed.append(str(error))
+    items = dict([(item, numbers) for item, numbers in items.items() if len(numbers) >= args.min_frames][: args.limit])
     if not items:
-        raise SystemExit(f"{args.data}: no sequence of at least {args.min_frames} usable frames")
-    rng, rows = np.random.default_rng(42), []
-    drawn = {item: rng.permutation(len(reader.numbers(item))) for item in items}  # the same on all ranks
-    mine = items[dist.rank() :: dist.world_size()]
-    for item in tqdm(mine, desc="sequences", disable=None if dist.is_main() else True):
+        raise SystemExit("\n".join([f"{args.data}: no sequence of at least {args.min_frames} usable frames", *failed]))
+    # the official draw; the same on all ranks
+    rng, rows = np.random.RandomState(42), []
+    drawn = {item: [numbers[i] for i in rng.permutation(len(numbers))[: args.views]] for item, numbers in items.items()}
+    for item in tqdm([*items][dist.rank() :: dist.world_size()], desc="sequences", disable=None if dist.is_main() else True):
         dist.at(item, f"evaluate {sequence_name(reader, item)}")
-        numbers, row = reader.numbers(item), {"sequence": sequence_name(reader, item)}
-        if "pose" in args.metrics or args.permutation:
-            truth = read_views(reader, item, [numbers[i] for i in drawn[item][: args.views]], args.width)
-            imgs = truth["imgs"].to(device)
-            if "pose" in args.metrics:
-                row |= sample_scores({k: v.cpu() for k, v in predict(model, imgs, dtype).items() if v is not None}, truth)
-            row |= {"permutation": permutation_difference(model, imgs, dtype)} if args.permutation else {}
-        if {"trajectory", "points", "depth"} & set(args.metrics) or args.pictures:
-            chosen = numbers[:: args.stride][: args.max_frames]
-            row |= evaluate_sequence(model, reader, item, chosen, args, device, dtype) | {"frames": len(chosen)}
-        rows.append(row)
-    rows = [row for part in dist.gather(rows) for row in part]
+        try:
+            row = {"sequence": sequence_name(reader, item)}
+            if "pose" in args.metrics or args.permutation:
+                row |= evaluate_pairs(model, reader, item, drawn[item], args, device, dtype)
+            if {"trajectory", "points", "depth"} & set(args.metrics) or args.pictures:
+                chosen = items[item][:: args.stride][: args.max_frames]
+                row |= evaluate_sequence(model, reader, item, chosen, args, device, dtype) | {"frames": len(chosen)}
+            rows.append((item, row))
+        except (OSError, ValueError) as error:  # a frame that cannot be read
+            failed.append(str(error))
+    rows = [row for _, row in sorted(pair for part in dist.gather(rows) for pair in part)]
+    failed = list(dict.fromkeys(line for part in dist.gather(failed) for line in part))
     if dist.is_main():
-        report(rows, args.out)
+        print("".join(f"left out: {line}\n" for line in failed), end="")
+        if rows:
+            report(rows, args.out)
     dist.shutdown()
+    if failed:
+        sys.exit(1)
 
 
 def report(rows: list[dict], out: str | None) -> None:

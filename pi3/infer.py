@@ -6,9 +6,11 @@
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root instead of pi3/
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cv2
 import numpy as np
@@ -23,7 +25,7 @@ from pi3.draw import depth_pictures, label, top_down
 from pi3.eval import predict
 from pi3.geometry import depth_edge, depth_normal_edge, intrinsics_from_points, rescale_poses, transform
 from pi3.metrics import umeyama
-from pi3.model import Pi3
+from pi3.model import PATCH, Pi3
 from pi3.weights import load_model
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -68,13 +70,11 @@ def predict_chunks(model: Pi3, images: np.ndarray, chunk: int, overlap: int, dev
         part = torch.from_numpy(images[start : start + chunk]).to(device).permute(0, 3, 1, 2)[None].float() / 255
         out = {key: v[0].float().cpu() for key, v in predict(model, part, dtype).items() if v is not None and key != "metric"}
         if start:
-            common = slice(start, start + overlap)
-            new, old = (points.reshape(-1, 3).numpy() for points in (out["points"][:overlap], merged["points"][common]))
-            sure = np.ones(len(new), bool)
-            if "conf" in out:
-                sure = (torch.minimum(out["conf"][:overlap], merged["conf"][common]).sigmoid() > 0.05).reshape(-1).numpy()
-            sure = np.flatnonzero(sure if sure.sum() >= 10 else np.ones_like(sure))
-            c, R, t = umeyama(new[sure], old[sure])
+            new, old = ({k: v[first:][:overlap] for k, v in d.items()} for d, first in ((out, 0), (merged, start)))
+            common = alignable(new) & alignable(old)
+            c, R, t = 1.0, np.eye(3), np.zeros(3)
+            if common.sum() >= 10:
+                c, R, t = umeyama(new["points"][common].numpy(), old["points"][common].numpy())
             motion = torch.eye(4)
             motion[:3, :3], motion[:3, 3] = torch.from_numpy(R), torch.from_numpy(t)
             out["camera_poses"] = motion @ rescale_poses(out["camera_poses"][None], torch.tensor([c], dtype=torch.float32))[0]
@@ -98,6 +98,15 @@ def usable(out: dict[str, Tensor], conf: float, edge: str) -> Tensor:
     return keep & ~depth_normal_edge(out["local_points"], keep) if edge == "depth_normal" else keep
 
 
+def alignable(out: dict[str, Tensor]) -> Tensor:
+    """Mask (N, H, W) of the points that two parts are aligned by: sure and off edges; where fewer than 10 are, the surest tenth."""
+    keep = usable(out, 0.05, "depth")
+    if keep.sum() >= 10:
+        return keep
+    conf = out["conf"][..., 0] if "conf" in out else torch.zeros(keep.shape)
+    return out["points"].isfinite().all(-1) & (conf >= conf.flatten().topk(max(1, conf.numel() // 10)).values[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="weights: a run's folder, a file of ours, model.safetensors of Pi3 or Pi3X")
@@ -113,6 +122,9 @@ def main() -> None:
     parser.add_argument("--device", help="cpu or cuda; default: what there is")
     parser.add_argument("--amp", default="on", choices=["off", "on", "bf16", "fp16"], help="on a GPU only")
     args = parser.parse_args()
+    for key, least in (("interval", 1), ("pixel_limit", PATCH**2), ("max_points", 1)):
+        if (value := getattr(args, key)) is not None and value < least:
+            raise SystemExit(f"--{key} {value}: must be at least {least}")
     if not 0 < args.overlap < args.chunk:
         raise SystemExit(f"--overlap {args.overlap} must be at least 1 and below --chunk {args.chunk}")
 
@@ -127,7 +139,10 @@ def main() -> None:
     points, colors = points[chosen], colors[chosen]
 
     args.save_path.mkdir(parents=True, exist_ok=True)
-    write_ply(args.save_path / "points.ply", points, colors)
+    with suppress(Exception):  # there is no earlier run, or its file is damaged
+        for name in np.load(args.save_path / "cameras.npz")["names"]:  # its pictures would stay among the new ones
+            (args.save_path / "depth" / Path(f"{name}.png").name).unlink(missing_ok=True)
+    write_ply(args.save_path / "points.ply", points, colors, np.zeros_like(points))
     np.savez_compressed(
         args.save_path / "cameras.npz", names=np.array(names), camera_to_world=poses, intrinsics=K, size=np.array(images.shape[2:0:-1]),
         depth=z.astype(np.float32), keep=keep,

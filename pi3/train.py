@@ -10,6 +10,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -31,10 +32,10 @@ from pi3.draw import training_picture
 from pi3.eval import validate_samples
 from pi3.loss import has_normals, pi3_loss
 from pi3.model import Pi3, freeze
+from pi3.options import check, sizes_at
 from pi3.readers import CO3D, RGBDFolder, ScanNet, TartanAir
-from pi3.sampling import all_resolutions, sample_resolutions
 from pi3.schedule import beta1_at, lr_at, parameter_groups
-from pi3.segformer import SegFormer, load_segformer
+from pi3.segformer import load_segformer
 from pi3.weights import initialise, model_options
 
 REFERENCE = Path(__file__).parent / "configs" / "default.yaml"
@@ -43,6 +44,9 @@ ALIASES = {
     "train.num_workers": "workers",
     "train.base_seed": "seed",
     "log.max_checkpoints": "keep_last",
+    "train.random_reslution": "train.num_resolution",  # spelt so in the official configs
+    "train.random_resolution": "train.num_resolution",
+    "test.iters_per_test": "test_dataset.iters_per_test",
 }
 
 
@@ -105,15 +109,6 @@ def build_test_sets(cfg) -> list[tuple[str, Mixture, int]]:
     return [(name, Mixture([readers[name]], [1.0], seed=0, train=False), n) for name, n in counts.items()]
 
 
-def sizes_at(step: int, t, seed: int) -> list[tuple[int, int]]:
-    """The (width, height) that a step draws from."""
-    ranges = (t.pixel_count_range, t.aspect_ratio_range, t.patch_size)
-    if t.resolution:
-        return [tuple(t.resolution)]
-    epoch = step // t.iters_per_epoch
-    return all_resolutions(*ranges) if t.num_resolution < 0 else sample_resolutions(seed + epoch, t.num_resolution, *ranges)
-
-
 def build_loader(dataset: Mixture, cfg, first_step: int, last_step: int):
     """This rank's micro-batches of steps first_step..last_step-1, in order; size and number of views are those of the step."""
     t, where = cfg.train, (dist.rank(), dist.world_size(), cfg.train.gradient_accumulation_steps)
@@ -130,9 +125,12 @@ def unsynced(net, alone: bool):
 
 
 def train_step(
-    net, sky: SegFormer | None, batches: list[dict], optimizer, scaler, guard: StepGuard, cfg, dtype, step: int, total_steps: int
+    net, sky: Callable | None, batches: list[dict], optimizer, scaler, guard: StepGuard, cfg, dtype, step: int, total_steps: int
 ) -> dict:
-    """One optimizer step over the micro-batches; returns detached tensors and the rate. Nothing waits for this step's device work."""
+    """One optimizer step over the micro-batches; returns detached tensors and the rate. Nothing waits for this step's device work.
+
+    sky: images (B, N, 3, H, W) to the mask (B, N, H, W) of their sky; given where the confidence is trained.
+    """
     t, device, count, logged = cfg.train, guard.device, len(batches), {}
     optimizer.zero_grad(set_to_none=True)
     for i, batch in enumerate(batches):
@@ -140,7 +138,7 @@ def train_step(
         with unsynced(net, i < count - 1):
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 pred = net(truth["imgs"])
-            clear = sky.sky(truth["imgs"], cfg.sky.normalize) if sky is not None else None
+            clear = sky(truth["imgs"]) if sky else None
             terms = pi3_loss(pred, truth["local_points"], truth["poses"], truth["mask"], normals, clear, cfg.model.conf_target)
             loss = terms["loss"]
             within = loss.detach() <= t.clip_loss  # a wild micro-batch contributes nothing; nan and inf stay nan, for the guard
@@ -160,22 +158,25 @@ def train_step(
     scenes = dict.fromkeys(f"{d}/{s}" for batch in batches for d, s in zip(batch["dataset"], batch["sequence"]))
     where = f"step {step} (sequences of this process: {', '.join([*scenes][:12])})"
     optimizer.found_inf = guard.check(logged["loss"], norm, where)
-    optimizer.grad_scale = (norm / t.clip_grad).clamp(min=1)  # clips: the fused update divides by it
+    optimizer.grad_scale = (norm / (t.clip_grad or float("inf"))).clamp(min=1)  # clips: the fused update divides by it
     optimizer.step()  # fused: does nothing where found_inf is 1
     scaler.update()
     first = [values[0].detach() for values in (truth["local_points"][..., 2], truth["mask"], pred["local_points"][..., 2])]
     return {"logged": logged, "grad_norm": norm, "lr": optimizer.param_groups[-1]["lr"], "first": first}
 
 
-def validate(net, cfg, sets: list, device: torch.device, dtype) -> dict[str, float]:
-    """Scores of every validation set under NAME/, and their means weighted by samples; the model keeps its mode."""
-    training, t, out, total = net.training, cfg.test_dataset, {}, 0
+def validate(net, sky: Callable | None, cfg, sets: list, device: torch.device, dtype, bad: data.BadSamples) -> dict[str, float]:
+    """Scores of every validation set under NAME/, and their means weighted by samples; the model keeps its mode. `bad` is told what
+    could not be read."""
+    training, t, out = net.training, cfg.test_dataset, {}
     size = tuple(t.resolution or cfg.train.resolution or (518, 336))
     batch = max(1, cfg.train.max_img_per_gpu // t.image_num)
     net.eval()
     for name, source, count in sets:
-        scores = validate_samples(net, source, count, t.image_num, size, batch, device, dtype, cfg.workers, t.iters_per_test)
-        n, total = scores.pop("samples"), total + scores.get("samples", 0)
+        options = batch, device, dtype, cfg.workers, t.iters_per_test, sky, cfg.model.conf_target
+        scores = validate_samples(net, source, count, t.image_num, size, *options)
+        bad.add(scores.pop("bad"), 0)  # named once each; they never end the run
+        n = scores.pop("samples")
         out |= {f"{name}/{key}": value for key, value in scores.items()} if len(sets) > 1 else {}
         for key, value in scores.items():
             out.setdefault(key, []).append((value, n))
@@ -224,6 +225,7 @@ def describe(cfg, dataset: Mixture, model: Pi3, dtype, device, step: int, last_s
 def main() -> None:
     cfg = config.parse(sys.argv[1:], __doc__, REFERENCE, aliases=ALIASES)
     cfg.workspace = cfg.workspace or f"outputs/{cfg.name}"
+    check(cfg)
     device = dist.init(cfg.timeout)
     stop, world, folder, t = dist.StopSignal(), dist.world_size(), Path(cfg.workspace), cfg.train
     if cfg.parallel not in ("ddp", "fsdp"):
@@ -237,7 +239,8 @@ def main() -> None:
     last_step = min(total_steps, cfg.max_steps or total_steps)
     save_every = cfg.save_every or cfg.log.ckpt_interval * t.iters_per_epoch
     validate_every = cfg.validate_every or t.iters_per_epoch
-    sky = load_segformer(cfg.sky.ckpt).to(device) if cfg.model.train_conf else None
+    segformer = load_segformer(cfg.sky.ckpt).to(device) if cfg.model.train_conf else None
+    sky = (lambda imgs: segformer.sky(imgs, cfg.sky.normalize)) if segformer else None
     dataset, test_sets = build_dataset(cfg), build_test_sets(cfg)
     model = build_model(cfg.model)
     checkpoints = Checkpoints(folder / "checkpoint", cfg.keep_last, cfg.keep_every, log.text)
@@ -279,6 +282,7 @@ def main() -> None:
     guard = StepGuard(model, cfg.max_bad_steps, skipped, say)
     bad = data.BadSamples(cfg.max_bad_fraction, log.warn)
     batches = build_loader(dataset, cfg, step, last_step)
+    bad_test = data.BadSamples(say=log.text)
     progress, since, images = Progress(last_step, step, log), step, 0
     net.train()
     while step < last_step:
@@ -304,11 +308,11 @@ def main() -> None:
             speed = progress.update(step, losses["loss/loss"], out["lr"], images / (step - since))  # samples here are images
             speed["time/images_per_s"], since, images = speed.pop("time/samples_per_s"), step, 0
             log.scalars(step, losses | run | speed)
-        if step % cfg.vis_every == 0 and dist.is_main():
+        if cfg.vis_every and step % cfg.vis_every == 0 and dist.is_main():
             maps = [values.cpu().numpy() for values in out["first"]]
             log.image(step, "train/image_truth_depth", training_picture(micro[-1]["images"][0].numpy(), *maps))
         if test_sets and (step % validate_every == 0 or step == last_step):
-            scores = validate(model, cfg, test_sets, device, dtype)
+            scores = validate(model, sky, cfg, test_sets, device, dtype, bad_test)
             log.scalars(step, {f"val/{name}": value for name, value in scores.items()})
             names = ("loss", "auc@30", "rra@30", "rta@30", "rot_deg", "trans_deg", "point_error")
             log.text(f"step {step}: " + "  ".join(f"{name} {scores[name]:.4g}" for name in names))

@@ -1,7 +1,15 @@
-"""Where weights come from: our checkpoints and runs, published files, upstream training folders, VGGT."""
+"""Where weights come from: our checkpoints and runs, published files, upstream training folders, VGGT. And where they go:
 
+  python pi3/weights.py --ckpt outputs/pi3_conf --export pi3.safetensors     a flat file with the names of the published one
+"""
+
+import argparse
 import re
+import sys
 from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor
@@ -97,3 +105,20 @@ def load_model(path: str | Path, device: torch.device) -> Pi3:
         model = Pi3(**(stored_options(path) or {}) | branches)
         load_pretrained(model, state)
     return model.to(device).eval()
+
+
+def main() -> None:
+    from safetensors.torch import save_file
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="weights: a run's folder, a file of ours, an upstream training folder")
+    parser.add_argument("--export", required=True, type=Path, metavar="FILE", help="the .safetensors file to write")
+    args = parser.parse_args()
+    state = load_weights(find_weights(args.ckpt))
+    args.export.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, args.export)
+    print(f"{args.export}: {len(state)} tensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import pi3 as bench
-from common.checkpoint import Checkpoints
+from common.checkpoint import Checkpoints, load_weights
+from pi3 import weights
 from pi3.attention import rope_tables, rotate, token_positions
 from pi3.dataset import unpack
 from pi3.geometry import nearest_rotation
@@ -330,6 +331,15 @@ def test_a_runs_folder_stands_for_its_last_checkpoint(tmp_path):
     assert find_weights(tmp_path) == files[6]
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
         find_weights(tmp_path.parent)
+
+
+def test_exported_weights_have_the_published_names(tmp_path, monkeypatch):
+    model, file = tiny(train_conf=True), tmp_path / "new" / "pi3.safetensors"
+    torch.save({"model": model.state_dict(), "config": {}}, tmp_path / "best.pt")
+    monkeypatch.setattr("sys.argv", ["weights.py", "--ckpt", str(tmp_path / "best.pt"), "--export", str(file)])
+    weights.main()
+    assert "0 of the confidence branch start fresh, 0 of the file ignored" in load_pretrained(tiny(train_conf=True), load_weights(file))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in load_weights(file).items())
 
 
 def test_only_the_confidence_branch_may_be_missing():

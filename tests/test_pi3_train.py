@@ -12,15 +12,22 @@ import numpy as np
 import pytest
 import torch
 from runs import ROOT, checkpoint, generated, metrics, run, run_until_sigterm, same_end
+from test_pi3_data import write, write_folder
 
-from common import data, dist
+from common import config, data, dist
+from common.dist import checksum
+from common.guard import StepGuard
 from common.io import read_image
+from pi3 import eval as evaluation
+from pi3 import infer as inference
 from pi3.dataset import Mixture, read_sample, unpack
 from pi3.eval import permutation_difference, predict, sample_scores, validate_samples
+from pi3.geometry import complete, nearest_rotation, rescale_poses, transform, unproject
 from pi3.loss import pi3_loss
 from pi3.model import Pi3
-from pi3.readers import TartanAir
+from pi3.readers import RGBDFolder, TartanAir
 from pi3.schedule import lr_at, parameter_groups
+from pi3.train import ALIASES, REFERENCE, build_model, build_optimizer, train_step, validate
 from pi3.weights import load_model
 
 
@@ -53,6 +60,7 @@ def refusal(script: str, *words) -> str:
 NET = ("model.enc_dim=48", "model.enc_depth=1", "model.enc_heads=3", "model.dec_dim=48", "model.dec_depth=2", "model.dec_heads=3",
        "model.head_dim=48", "model.head_depth=1", "model.head_heads=3", "model.point_out=32", "model.camera_dim=32",
        "model.pos_img_size=28")  # fmt: skip
+WIDTHS = {word.split(".")[1].split("=")[0]: int(word.split("=")[1]) for word in NET}
 SMALL = (*NET, "train.max_img_per_gpu=6", "test_dataset.samples.tartanair=2", "test_dataset.image_num=2",
          "log_every=1", "workers=1", "vis_every=1000", "validate_every=1000")  # fmt: skip
 QUIET = ("test_dataset.samples.tartanair=0",)
@@ -152,12 +160,15 @@ def test_three_stages_in_sequence(make, tmp_path):
     (tmp_path / "ckpts").mkdir()
     torch.save({"meta": {}, "state_dict": golden.filled(shapes)}, tmp_path / "ckpts" / "segformer.b0.512x512.ade.160k.pth")
     assert "give model.ckpt=PATH of the highres run" in refusal(*conf, "model.ckpt=null", f"workspace={tmp_path / 'no_weights'}")
-    output = run(*conf, f"model.ckpt={tmp_path / 'highres' / 'checkpoint' / '00000002.pt'}", "model.conf_init=point_decoder", ranks=2)
+    output = run(*conf, f"model.ckpt={tmp_path / 'highres' / 'checkpoint' / '00000002.pt'}", "model.conf_init=point_decoder",
+                 "train.iters_per_epoch=3", "validate_every=1", "max_steps=2", ranks=2)  # fmt: skip
     assert "of the confidence branch start fresh" in output and "copy of the point transformer" in output
     before, after = checkpoint(tmp_path / "highres", 2)["model"], checkpoint(tmp_path / "conf", 2)["model"]
     assert all(torch.equal(after[name], before[name]) for name in before) and len(after) > len(before)
     assert not torch.equal(after["conf_decoder.linear_out.weight"], before["point_decoder.linear_out.weight"])
-    assert metrics(tmp_path / "conf")[2]["loss/local_conf_loss"] > 0
+    one, two = (metrics(tmp_path / "conf")[step] for step in (1, 2))
+    assert two["loss/local_conf_loss"] > 0 and two["val/local_conf_loss"] > 0 and one["val/loss"] != two["val/loss"]
+    assert two["val/local_pts_loss"] == one["val/local_pts_loss"]  # what is frozen does not move
 
 
 def test_users_keys_validation_pictures_tensorboard_and_inference(make, scenes, tmp_path):
@@ -202,6 +213,192 @@ def test_users_keys_validation_pictures_tensorboard_and_inference(make, scenes, 
     assert float(output.split("largest relative difference")[1].split()[0]) < 1e-4  # the order of the views does not matter
 
 
+def settings(*words):
+    return config.parse(["--config", str(ROOT / "pi3/configs/tiny.yaml"), *NET, *words], "", REFERENCE, aliases=ALIASES)
+
+
+def test_wild_micro_batches_and_clipping(scenes):
+    """Above clip_loss a micro-batch contributes nothing; clip_grad bounds the norm, 0 does not."""
+
+    def step(*words):
+        cfg = settings(*words)
+        torch.manual_seed(0)
+        model = build_model(cfg.model)
+        before = checksum(model.parameters())
+        optimizer = build_optimizer(model, cfg.train)
+        batch = data.stack([read_sample(TartanAir(scenes), 0, np.random.default_rng(0), 2, (56, 42))])
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        out = train_step(model, None, [batch], optimizer, scaler, StepGuard(model), cfg, None, 0, 100)
+        moved = sum(state["exp_avg"].square().sum() for state in optimizer.state.values()).sqrt() / (1 - 0.85)
+        return out["grad_norm"], out["logged"]["clipped"], moved, checksum(model.parameters()) != before
+
+    norm, clipped, used, moved = step("train.clip_grad=0.1")
+    assert norm > 0.2 and clipped == 0 and used == pytest.approx(0.1, rel=0.01) and moved
+    for none in ("0", "null"):
+        assert step(f"train.clip_grad={none}")[2] == pytest.approx(float(norm), rel=0.01)
+    norm, clipped, used, _ = step("train.clip_loss=1e-3")
+    assert norm == 0 and clipped == 1 and used == 0
+
+
+def test_validation_counts_batches_names_bad_samples_and_scores_confidence(scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "data")
+    broken = tmp_path / "data/scene001/scene001/Easy/P000/image_left"
+    for frame in broken.iterdir():
+        frame.write_bytes(b"cut")
+    torch.manual_seed(0)
+    lines, bad, model = [], data.BadSamples(say=lambda line: lines.append(line)), Pi3(**WIDTHS, train_conf=True)
+    sets = lambda count: [("tartanair", Mixture([TartanAir(tmp_path / "data")], [1.0], seed=0, train=False), count)]
+    sky = lambda imgs: torch.ones(imgs[:, :, 0].shape, dtype=torch.bool)
+
+    def scores(count: int, *words, sky=sky):
+        cfg = settings("train.resolution=[56,42]", "train.max_img_per_gpu=2", "test_dataset.image_num=2", "workers=0", *words)
+        return validate(model, sky, cfg, sets(count), torch.device("cpu"), None, bad)
+
+    all_, first, two = scores(4), scores(4, "test.iters_per_test=2"), scores(2)
+    assert first == two and all_ != two
+    assert lines and len(set(lines)) == len(lines) and all(str(broken) in line for line in lines)
+    soft, without = scores(2, "model.conf_target=exp"), scores(2, sky=None)
+    assert soft["local_conf_loss"] != two["local_conf_loss"] and "local_conf_loss" not in without
+    assert two["loss"] == pytest.approx(without["loss"] + 0.05 * two["local_conf_loss"])
+    with torch.no_grad():
+        model.conf_head.proj.bias += 1
+    assert scores(2)["loss"] != two["loss"]
+
+
+# whole sequences and inference
+
+
+def evaluate(root, capsys, *words, code: int = 0):
+    """What eval.py prints, in this process, for a run's folder and plain sequences."""
+    with mock.patch.object(sys, "argv", ["eval.py", "--data", str(root), "--width", "56", *map(str, words)]):
+        if code:
+            with pytest.raises(SystemExit) as stop:
+                evaluation.main()
+            assert stop.value.code == code
+        else:
+            evaluation.main()
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def sequences(tmp_path, monkeypatch):
+    """Three plain sequences, and a network that knows nothing in place of the one that eval.py and infer.py would load."""
+    torch.manual_seed(0)
+    network = Pi3(**WIDTHS, train_conf=True).eval()
+    for script in (evaluation, inference):
+        monkeypatch.setattr(script, "load_model", lambda path, device: network)
+    monkeypatch.setattr(dist, "init", lambda: torch.device("cpu"))
+    for name in "abc":
+        write_folder(tmp_path / "data" / name)
+    return tmp_path / "data"
+
+
+def test_evaluation_names_what_it_leaves_out(sequences, tmp_path, monkeypatch, capsys):
+    words = "--ckpt", "none", "--metrics", "pose", "depth"
+    monkeypatch.setattr(dist, "gather", lambda value: [value[1:], value[:1]])  # two ranks, the second had the first sequence
+    (sequences / "b/color/001.jpg").write_bytes(b"cut")
+    output = evaluate(sequences, capsys, *words, "--out", tmp_path / "new/rows.csv", code=1)
+    assert "b/color/001.jpg" in output and "2 sequences" in output
+    rows = (tmp_path / "new/rows.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["sequence", "a", "c"]
+    shutil.rmtree(sequences / "b")
+    for i in range(4):
+        write(sequences / f"a/depth/{i:03d}.png", np.zeros((96, 128), np.uint16))
+    output = evaluate(sequences, capsys, *words, "--metrics", "depth")
+    assert "a: depth left out: no valid depth" in output and "abs_rel" in output
+    write(sequences / "a/depth/001.png", np.full((48, 64), 2000, np.uint16))
+    assert "image (96, 128) and depth (48, 64) differ in size" in evaluate(sequences, capsys, *words, code=1)
+    for flag, value in (("--views", 1), ("--stride", 0), ("--min_frames", 1)):
+        evaluate(sequences, capsys, *words, flag, value, code=f"{flag} {value}: must be at least {max(1, 2 - (flag == '--stride'))}")
+
+
+def test_depth_options_of_the_evaluation(sequences, capsys):
+    """Truth: 2 m, one frame 5 m; the network predicts about 1 m everywhere."""
+    write(sequences / "a/depth/000.png", np.full((96, 128), 5000, np.uint16))
+
+    def scored(*words) -> dict[str, float]:
+        output = evaluate(sequences / "a", capsys, "--ckpt", "none", "--metrics", "depth", *words)
+        names = output.split("depth  ")[1].split()
+        return dict(zip(names[::2], map(float, names[1::2])))
+
+    metric, near, median = scored("--align", "metric"), scored("--align", "metric", "--max_depth", "4"), scored("--align", "median")
+    assert metric["rmse"] > near["rmse"] + 0.1 and median["abs_rel"] < metric["abs_rel"] - 0.1
+    assert scored("--align", "metric", "--clip", "0.01")["abs_rel"] == pytest.approx(1, abs=0.01)
+    assert scored("--align_lr", "0.5") != scored()
+
+
+def test_evaluation_draws_and_resizes_as_the_official_protocol(sequences, monkeypatch, capsys):
+    drawn, read = [], evaluation.read_views
+    monkeypatch.setattr(evaluation, "read_views", lambda *args: drawn.append(args[2]) or read(*args))
+    evaluate(sequences, capsys, "--ckpt", "none", "--metrics", "pose", "--views", "3")
+    rng = np.random.RandomState(42)
+    assert drawn == [rng.choice(4, 3, replace=False).tolist() for _ in "abc"]
+    truth = read(RGBDFolder(sequences), 0, [0, 1], 66)  # 128x96, asked for 66 x 49.5
+    assert truth["imgs"].shape == (1, 2, 3, 56, 56) and truth["measured"][0].shape == (96, 128)
+
+
+class Parts(torch.nn.Module):
+    """Gives the true points of images whose brightness is their number, every call in a frame and scale of its own."""
+
+    def __init__(self, points, poses, conf):
+        super().__init__()
+        self.points, self.poses, self.conf, self.calls = points, poses, conf, 0
+
+    def forward(self, imgs):
+        which, g = (imgs[0, :, 0, 0, 0] * 255).round().long(), torch.Generator().manual_seed(self.calls)
+        c = 1 + self.calls
+        move = complete(torch.cat([nearest_rotation(torch.randn(3, 3, generator=g)), torch.randn(3, 1, generator=g)], 1))
+        self.calls += 1
+        local, poses = c * self.points[which], move @ rescale_poses(self.poses[which][None], torch.tensor([float(c)]))[0]
+        out = {"local_points": local, "camera_poses": poses, "points": transform(poses, local), "conf": self.conf[which]}
+        bad = self.conf[which][..., 0] < -5  # what is not sure is nonsense
+        out["points"][bad & (bad.cumsum(-1) % 2 == 0)] = torch.nan
+        out["points"][bad & (bad.cumsum(-1) % 2 == 1)] += torch.randn(3, generator=g)
+        return {key: value[None] for key, value in out.items()}
+
+
+@pytest.mark.parametrize("unsure", ["none", "half", "all"])
+def test_parts_of_a_long_sequence_are_joined(unsure):
+    """By the similarity between them, from the points that are sure; where all are unsure, from the surest tenth."""
+    g = torch.Generator().manual_seed(9)
+    depth = 2 + 0.2 * torch.rand(9, 1, 1, generator=g) + 0.02 * torch.rand(9, 14, 28, generator=g)
+    points = unproject(depth, torch.tensor([[20.0, 0, 14], [0, 20, 7], [0, 0, 1]]))
+    poses = complete(torch.cat([nearest_rotation(torch.randn(9, 3, 3, generator=g)), torch.randn(9, 3, 1, generator=g)], 2))
+    conf = torch.full((9, 14, 28, 1), 2.0)
+    conf[:, :7] = {"none": 2.0, "half": -9.0, "all": -4.0}[unsure]  # a logit of -4: unsure, and yet the surest there are
+    conf[:, 7:] = {"none": 2.0, "half": 2.0, "all": -9.0}[unsure]
+    images = np.arange(9, dtype=np.uint8)[:, None, None, None].repeat(14, 1).repeat(28, 2).repeat(3, 3)
+    whole = inference.predict_chunks(Parts(points, poses, conf), images, 9, 1, torch.device("cpu"), None)
+    merged = inference.predict_chunks(Parts(points, poses, conf), images, 4, 2, torch.device("cpu"), None)
+    assert whole.keys() == merged.keys()
+    for name in ("local_points", "camera_poses"):
+        assert torch.allclose(merged[name], whole[name], atol=1e-4), name
+    nothing = Parts(points * torch.nan, poses, conf)  # no point to go by: the parts stay as they come
+    assert inference.predict_chunks(nothing, images, 4, 2, torch.device("cpu"), None)["camera_poses"].isfinite().all()
+
+
+def test_inference_options(sequences, tmp_path):
+    out = tmp_path / "out"
+
+    def infer(*words) -> str:
+        words = "--ckpt", "none", "--data_path", sequences / "a" / "color", "--save_path", out, "--pixel_limit", "2000", *words
+        with mock.patch.object(sys, "argv", ["infer.py", *map(str, words)]):
+            inference.main()
+        return sorted(path.stem for path in (out / "depth").iterdir())
+
+    (out / "depth").mkdir(parents=True)
+    (out / "depth" / "mine.png").write_bytes(b"")
+    assert infer("--conf", "0", "--edge", "none") == [*(f"{i:03d}" for i in range(6)), "mine"]
+    most = np.load(out / "cameras.npz")["keep"].sum()
+    head, body = (out / "points.ply").read_bytes().split(b"end_header\n")
+    assert b"property float nz" in head and len(body) == most * 27
+    assert infer("--interval", "4", "--conf", "0", "--edge", "none") == ["000", "004", "mine"]  # none of the earlier run, but yours
+    assert infer("--conf", "0.9999", "--edge", "none") and np.load(out / "cameras.npz")["keep"].sum() < most
+    for flag, value in (("--interval", 0), ("--interval", -1), ("--pixel_limit", 0)):
+        with pytest.raises(SystemExit, match=f"{flag} {value}: must be at least"):
+            infer(flag, value)
+
+
 class FirstIsSpecial(torch.nn.Module):
     """A network whose first view is not like the others."""
 
@@ -221,7 +418,7 @@ def test_overfitted_network_knows_poses_and_points_and_not_the_order_of_its_view
     batch, normals = unpack(data.stack([sample]), "cpu"), torch.tensor([True])
     truth = [batch[name] for name in ("local_points", "poses", "mask")]
     torch.manual_seed(0)
-    model = Pi3(**{word.split(".")[1].split("=")[0]: int(word.split("=")[1]) for word in NET})
+    model = Pi3(**WIDTHS)
     optimizer = torch.optim.AdamW(parameter_groups(model, 4e-3, 4e-3, 0.05), fused=True)
     before = sample_scores(predict(model.eval(), batch["imgs"]), batch)
     model.train()
@@ -290,7 +487,18 @@ def wrong(tmp_path, **changes):
         ({"model__dec_dim": 96}, "enc_dim 48 and dec_dim 96 differ"),
         ({"model__num_dec_blk_to_checkpoint": 1, "model__num_dec_blk_not_to_checkpoint": 1}, "give one of them"),
         ({"train__max_img_per_gpu": 1}, "train.max_img_per_gpu is 1"),
-        ({"train__resolution": "[50,42]"}, "14"),
+        ({"train__resolution": "[50,42]"}, "train.resolution is [50, 42]: expected null, or width and height in multiples of 14"),
+        ({"train__resolution": "[224]"}, "train.resolution is [224]"),
+        ({"train": "{resolution: null, pixel_count_range: [10, 20]}"}, "no image size lies within both"),
+        ({"train__image_num_range": "[1,4]"}, "train.image_num_range is [1, 4]: expected two numbers of views, at least 2"),
+        ({"train__image_num_range": "[4,2]"}, "train.image_num_range is [4, 2]"),
+        ({"test_dataset__image_num": 1}, "test_dataset.image_num is 1: expected 2 views or more"),
+        ({"train__gradient_accumulation_steps": 0}, "train.gradient_accumulation_steps is 0: expected 1 or more"),
+        ({"train__num_epoch": 0}, "train.num_epoch is 0: expected 1 or more"),
+        ({"train__optimizer__betas": "[0.9]"}, "train.optimizer.betas is [0.9]: expected two numbers"),
+        ({"train_dataset__aug_focal": 1.5}, "train_dataset.aug_focal is 1.5: expected 0 (off) to 1"),
+        ({"train__clip_grad": -1}, "train.clip_grad is -1.0"),
+        ({"model__enc_heads": 5}, "enc_dim 48 does not divide into enc_heads 5"),
         ({"checkpoint": 77}, "00000077.pt is missing"),
         ({"train__optimizer": "{lr: 1e30, encoder_lr: 1e30}", "max_bad_steps": 2}, "(sequences of this process: TarTanAir/scene00"),
     ],
@@ -298,6 +506,11 @@ def wrong(tmp_path, **changes):
 def test_wrong_input_is_named(scenes, tmp_path, changes, message):
     data = {"data__tartanair__root": scenes, "data__tartanair__test_root": scenes / "val", "model__num_dec_blk_not_to_checkpoint": "null"}
     assert message in wrong(tmp_path, **(data | changes))
+
+
+def test_official_names_of_keys():
+    cfg = settings("train.random_reslution=5", "test.iters_per_test=3", "train.num_workers=2")
+    assert (cfg.train.num_resolution, cfg.test_dataset.iters_per_test, cfg.workers) == (5, 3, 2)
 
 
 def test_misspelt_keys_are_answered_with_the_nearest(tmp_path, capsys):

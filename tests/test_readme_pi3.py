@@ -36,7 +36,7 @@ def place(tmp_path_factory):
 
 
 def test_every_command_runs(place, monkeypatch):
-    named = ("check.png", "my_sequences", "photos", "walk.mp4", "per_sequence.csv")
+    named = ("check.png", "my_sequences", "photos", "walk.mp4", "per_sequence.csv", "pi3.safetensors")
     paths = {f"data/{name}": place / name for name in ("tartanair", "scannet", "co3d")} | {name: place / name for name in named}
     paths |= dict.fromkeys(("data/tiny/pi3", "data/pi3_96"), place / "tartanair") | {"model.safetensors": "outputs/pi3_conf"}
     paths |= {f"workspace/{name}": f"outputs/{name}" for name in ("pi3_tiny", "pi3_96", "pi3_overfit")}
@@ -45,7 +45,7 @@ def test_every_command_runs(place, monkeypatch):
     monkeypatch.chdir(ROOT)
     names = iter(["pi3_tiny", "pi3_lowres", "pi3_highres", "pi3_conf", "pi3_two_nodes", "pi3_96", "pi3_overfit"])
     commands = readme_commands(ROOT / "pi3" / "README.md")
-    kinds = {"synth": 0, "train.py": 0, "eval.py": 0, "infer.py": 0, "dataset.py": 0}
+    kinds = {"synth": 0, "train.py": 0, "eval.py": 0, "infer.py": 0, "dataset.py": 0, "weights.py": 0}
     for text in commands:
         kind = next(kind for kind in kinds if kind in text)
         kinds[kind] += 1
@@ -77,7 +77,7 @@ def test_every_command_runs(place, monkeypatch):
     assert kinds["train.py"] == 7 and kinds["eval.py"] >= 6 and kinds["infer.py"] >= 3 and kinds["synth"] >= 1 and kinds["dataset.py"] >= 1
     for file in re.findall(r"\]\((docs/\S+)\)", (ROOT / "pi3" / "README.md").read_text()):
         assert (ROOT / "pi3" / file).exists(), file
-    made = ("check.png", "per_sequence.csv", "scene/points.ply", "scene/cameras.npz", "pictures/one_map.png")
+    made = ("check.png", "per_sequence.csv", "pi3.safetensors", "scene/points.ply", "scene/cameras.npz", "pictures/one_map.png")
     for file in (*made, "outputs/pi3_conf/checkpoint/00000001.pt"):
         assert (place / file).exists(), file
 
