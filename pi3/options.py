@@ -22,6 +22,7 @@ RULES = {  # key: its condition, and that in words
     "train.optimizer.betas": (lambda v: v and len(v) == 2, "two numbers"),
     "train.clip_grad": (limit, "a norm above 0, or null for none"),
     "train_dataset.aug_focal": (lambda v: v is not None and 0 <= v <= 1, "0 (off) to 1"),
+    "train_dataset.aug_crop": (lambda v: v is not None and v >= 0, "0 (off) or more pixels"),
     "test_dataset.image_num": (lambda v: v and v >= 2, "2 views or more"),
     "test_dataset.resolution": (size, f"null, or width and height in multiples of {PATCH}"),
     "test_dataset.iters_per_test": (limit, "1 or more, or null for all"),

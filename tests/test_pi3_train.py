@@ -230,14 +230,15 @@ def test_wild_micro_batches_and_clipping(scenes):
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         out = train_step(model, None, [batch], optimizer, scaler, StepGuard(model), cfg, None, 0, 100)
         moved = sum(state["exp_avg"].square().sum() for state in optimizer.state.values()).sqrt() / (1 - 0.85)
-        return out["grad_norm"], out["logged"]["clipped"], moved, checksum(model.parameters()) != before
+        return out["grad_norm"], out["logged"], moved, checksum(model.parameters()) != before
 
-    norm, clipped, used, moved = step("train.clip_grad=0.1")
-    assert norm > 0.2 and clipped == 0 and used == pytest.approx(0.1, rel=0.01) and moved
+    norm, logged, used, moved = step("train.clip_grad=0.1")
+    assert norm > 0.2 and logged["clipped"] == 0 and used == pytest.approx(0.1, rel=0.01) and moved
     for none in ("0", "null"):
         assert step(f"train.clip_grad={none}")[2] == pytest.approx(float(norm), rel=0.01)
-    norm, clipped, used, _ = step("train.clip_loss=1e-3")
-    assert norm == 0 and clipped == 1 and used == 0
+    norm, logged, used, _ = step("train.clip_loss=1e-3")
+    assert norm == 0 and logged["clipped"] == 1 and used == 0 and "global_pts_loss" not in logged
+    assert step("model.use_global_points=true")[1]["global_pts_loss"] > 0
 
 
 def test_validation_counts_batches_names_bad_samples_and_scores_confidence(scenes, tmp_path):
