@@ -282,7 +282,7 @@ def main() -> None:
     guard = StepGuard(model, cfg.max_bad_steps, skipped, say)
     bad = data.BadSamples(cfg.max_bad_fraction, log.warn)
     batches = build_loader(dataset, cfg, step, last_step)
-    bad_test = data.BadSamples(say=log.text)
+    bad_test = data.BadSamples(1.0, log.text)  # names them, and no more
     progress, since, images = Progress(last_step, step, log), step, 0
     net.train()
     while step < last_step:
