@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common import config
@@ -10,6 +11,8 @@ from mvdiff.clip import MEAN, STD, CLIPVision
 from mvdiff.dataset import MultiViewDataset, NoiseDataset, list_objects, split_objects
 from mvdiff.diffusion import Diffusion
 from mvdiff.model import diffusion_arguments, load_clip, load_vae
+from mvdiff.optim import SCHEDULES
+from mvdiff.pictures import background_color
 from mvdiff.vae import AutoencoderKL
 from mvdiff.weights import part_folder, read_json, write_json, write_part
 
@@ -34,12 +37,18 @@ ALIASES = {
 WITHOUT_EFFECT = (
     *("revision", "non_ema_revision", "cache_dir", "pretrained_path_feature_extractor", "logging_dir", "report_to"),
     *("tracker_project_name", "wandb_args", "local_rank", "enable_xformers_memory_efficient_attention", "validation_epochs"),
-    "last_global_step",
+    *("last_global_step", "hub_token", "hub_model_id", "vis_dir", "validation_grid_nrow", "validation_train_batch_size", "pipe_kwargs"),
+    "debug_distributed",
 )
 REFUSED = {
     "use_8bit_adam": "8-bit Adam needs a package that is not used here; AdamW is fused",
     "push_to_hub": "nothing is uploaded: the finished weights lie in WORKSPACE/pipeline",
 }
+AT_LEAST = {
+    "num_validation_samples": 0, "max_train_samples": 1, "vae_chunk": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1,
+    "lr_warmup_steps": 0, "validation_train_samples": 0, "validation_batch_size": 1, "workers": 0, "log_every": 0, "save_every": 0,
+    "validate_every": 0, "vis_every": 0, "ema_decay": 0,
+}  # fmt: skip
 DROP_TYPES = {"object": "drop_as_a_whole", "pair": "drop_joint", "row": "drop_independent"}
 
 
@@ -52,8 +61,10 @@ def parse(argv: list[str], doc: str) -> config.Config:
     kwargs = cfg.unet_from_pretrained_kwargs
     if kwargs.zero_init_camera_projection:
         raise SystemExit("error: zero_init_camera_projection: zeros there cost the control of view and domain; leave it false")
-    if kwargs.camera_embedding_type != "e_de_da_sincos":
-        raise SystemExit(f"error: camera_embedding_type {kwargs.camera_embedding_type}: only e_de_da_sincos is known")
+    for name in {cfg.camera_embedding_type, kwargs.camera_embedding_type} - {"e_de_da_sincos"}:
+        raise SystemExit(f"error: camera_embedding_type {name}: only e_de_da_sincos is known")
+    if kwargs.num_views not in (None, cfg.num_views):
+        raise SystemExit(f"error: unet_from_pretrained_kwargs.num_views {kwargs.num_views}: num_views is {cfg.num_views}")
     if (kwargs.cd_attention_mid or kwargs.cd_attention_last) and cfg.pred_type != "joint":
         raise SystemExit(f"error: cross-domain attention joins colours and normals: it needs pred_type joint, not {cfg.pred_type}")
     choices = {
@@ -65,6 +76,8 @@ def parse(argv: list[str], doc: str) -> config.Config:
         "pred_type": ("mix", "joint", "color", "normal"),
         "prediction_type": (None, "epsilon", "v_prediction", "sample"),
         "clip_resize": ("pil", "tensor", "tensor_noaa"),
+        "snr_rule": ("seed", "paper", "wonder3d"),
+        "lr_scheduler": SCHEDULES,
     }
     cfg.drop_type = DROP_TYPES.get(cfg.drop_type, cfg.drop_type)
     cfg.amp = "off" if cfg.amp == "no" else cfg.amp
@@ -72,6 +85,19 @@ def parse(argv: list[str], doc: str) -> config.Config:
     for key, values in choices.items():
         if cfg[key] not in values:
             raise SystemExit(f"error: {key} '{cfg[key]}' must be one of {', '.join(map(str, values))}")
+    cfg.vis_every = cfg.validate_every if cfg.vis_every is None else cfg.vis_every
+    for key, least in AT_LEAST.items():
+        if cfg[key] is not None and not (isinstance(cfg[key], (int, float)) and cfg[key] >= least):
+            raise SystemExit(f"error: {key} {cfg[key]!r} must be a number of at least {least}")
+    if cfg.ema_decay > 1:
+        raise SystemExit(f"error: ema_decay {cfg.ema_decay} must be between 0 and 1")
+    try:
+        background_color(cfg.bg_color, np.random.default_rng(0))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    if isinstance(cfg.trainable_modules, str):
+        cfg.trainable_modules = [name.strip() for name in cfg.trainable_modules.split(",")]
+    cfg.validation_eta = (cfg.pipe_validation_kwargs or {}).get("eta", cfg.validation_eta)
     for scale in [cfg.validation_guidance_scale] * (cfg.validation_guidance_scale is not None):
         cfg.validation_guidance_scales = [float(scale)]
     return cfg
@@ -186,6 +212,13 @@ def load_frozen(roots: dict[str, str | None], variant: str | None = None, **sche
     configs["scheduler"] |= {key: value for key, value in schedule.items() if value is not None}
     vae, clip = load_vae(where["vae"], variant), load_clip(where["image_encoder"], variant)
     return Frozen(vae, clip, Diffusion(**diffusion_arguments(configs["scheduler"])), configs)
+
+
+def check_sizes(frozen: Frozen, resolution: int, steps: int) -> None:
+    """ValueError where the networks cannot take images of this side, or the schedule cannot be sampled in so many steps."""
+    if resolution < 1 or resolution % frozen.factor:
+        raise ValueError(f"resolution {resolution} is no multiple of {frozen.factor}, which the autoencoder divides it by")
+    frozen.diffusion.timesteps(steps)
 
 
 def load_frozen_of(cfg) -> Frozen:

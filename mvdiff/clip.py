@@ -3,6 +3,8 @@
 Names of parameters are those of the published checkpoints, including the spelling of `pre_layrnorm`. Never trained here.
 """
 
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,13 @@ from torch import Tensor, nn
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@functools.cache
+def constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """MEAN and STD, (3,1,1) fp32, made once per device: each copy from the host would wait for the device."""
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+    return mean, std
 
 
 def resize_shorter_side(image: Image.Image, size: int, resample: int) -> Image.Image:
@@ -41,8 +50,8 @@ def preprocess_tensor(images: Tensor, size: int = 224, antialias: bool = False) 
     Bicubic straight to a square; without antialiasing this is how the published training did it (and not how it sampled).
     """
     resized = F.interpolate(images.float(), (size, size), mode="bicubic", align_corners=False, antialias=antialias)
-    mean, std = resized.new_tensor(MEAN), resized.new_tensor(STD)
-    return (resized - mean[:, None, None]) / std[:, None, None]
+    mean, std = constants(resized.device)
+    return (resized - mean) / std
 
 
 def to_uint8(images: Tensor) -> Tensor:

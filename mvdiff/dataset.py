@@ -13,6 +13,7 @@ of a run is a pure function of (seed, p).
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import sys
@@ -32,8 +33,9 @@ from common import dist
 from common.data import epoch_item, rng as position_rng
 from common.io import write_image
 from mvdiff.camera import camera_angles, camera_vector, normal_rotation, view_names
-from mvdiff.clip import MEAN, STD, preprocess_tensor, resize_shorter_side
+from mvdiff.clip import constants, preprocess_tensor, resize_shorter_side
 from mvdiff.pictures import background_color, fit_square, grid, resize_square, round_uint8
+from mvdiff.weights import read_json
 
 FILES = {"color": "rgb", "normal": "normals"}
 PACKED, PACK_RECORD = ("color", "normal"), "pack.json"  # order of domains in a packed object; marks a folder of packed ones
@@ -61,10 +63,11 @@ def list_objects(root: str | Path, object_list: str | Path | None = None, invali
     else:
         if not Path(root).is_dir():
             raise FileNotFoundError(f"{root}: no such folder of renderings")
-        folders = sorted(entry for entry in Path(root).iterdir() if entry.is_dir())
-        packed = sorted(path.stem for path in Path(root).glob("*.npy"))
+        visible = lambda folder: sorted(entry for entry in Path(folder).iterdir() if not entry.name.startswith("."))
+        folders = [entry for entry in visible(root) if entry.is_dir()]
+        packed = [path.stem for path in visible(root) if path.suffix == ".npy"]
         flat = packed or [entry.name for entry in folders if any(entry.glob("rgb_*_front.*"))]
-        names = flat or sorted(inner.name for entry in folders for inner in entry.iterdir() if inner.is_dir())
+        names = flat or sorted(inner.name for entry in folders for inner in visible(entry) if inner.is_dir())
     invalid = set(read(invalid_list)) if invalid_list else set()
     names = [name for name in dict.fromkeys(names) if name not in invalid]
     if not names:
@@ -82,16 +85,15 @@ def split_objects(
     return (names[cut:] if validation else names[:cut])[:num_samples]
 
 
-def probe(root: str | Path, name: str, group: str = "000") -> tuple[int, str, bool]:
-    """(k, suffix, whether there are mask files) of the folder layout, from one object."""
-    for k in (3, 2, 0):
+def probe(root: str | Path, names: list[str], group: str = "000") -> tuple[int, str, bool]:
+    """(k, suffix, whether there are mask files) of the folder layout, from the first object that has its front picture."""
+    for name, k, suffix in itertools.product(names, (3, 2, 0), SUFFIXES):
         folder = Path(root, name[:k], name)
-        for suffix in SUFFIXES:
-            if (folder / f"rgb_{group}_front.{suffix}").exists():
-                return k, suffix, (folder / f"mask_{group}_front.{suffix}").exists()
-    raise FileNotFoundError(
-        f"{root}: no rgb_{group}_front.png (.webp, .jpg) of object {name!r} in {name[:3]}/{name}, {name[:2]}/{name} or {name}"
-    )
+        if (folder / f"rgb_{group}_front.{suffix}").exists():
+            return k, suffix, (folder / f"mask_{group}_front.{suffix}").exists()
+    name, others = names[0], f", nor of {len(names) - 1} others" if len(names) > 1 else ""
+    places = f"{name[:3]}/{name}, {name[:2]}/{name} or {name}"
+    raise FileNotFoundError(f"{root}: no rgb_{group}_front.png (.webp, .jpg) of object {name!r} in {places}{others}")
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -113,7 +115,7 @@ class MultiViewDataset:
 
     `pred_type`: "joint" reads colours and normals of all views, "mix" one of the two by a coin, "color" and "normal" that one.
     `domains` is the order of the D axis for "joint". `read_mask`: mask files rather than the alpha of each picture; it,
-    `subscene_tag` (k) and `suffix` are found out from the first object where None. `augment_data` draws the condition view among
+    `subscene_tag` (k) and `suffix` are found out from the objects where None. `augment_data` draws the condition view among
     the views. `crop`: None wants square files; "center" or "random" fits the shorter side and crops one window per object.
     `random_flip` is refused: a flipped view would not show the same object from the same camera as the others.
     `clip_size` is the side of the image encoder's input.
@@ -144,17 +146,19 @@ class MultiViewDataset:
         if pred_type not in ("joint", "mix", "color", "normal") or crop not in (None, "center", "random"):
             raise ValueError(f"pred_type {pred_type!r} or crop {crop!r} is unknown")
         self.root, self.objects, self.views = Path(root), objects, view_names(num_views)
+        if condition_view not in self.views:
+            raise ValueError(f"condition_view {condition_view!r} is none of the {num_views} views: {', '.join(self.views)}")
         self.resolution, self.seed = resolution, seed
         self.bg_color, self.pred_type, self.domains, self.crop = bg_color, pred_type, domains, crop
         self.condition_view, self.augment_data, self.group, self.clip_size = condition_view, augment_data, group, clip_size
         self.packed = (self.root / PACK_RECORD).exists()
         if self.packed:
-            record = json.loads((self.root / PACK_RECORD).read_text())
+            record = read_json(self.root / PACK_RECORD)
             if record != {"resolution": resolution, "views": list(self.views)}:
                 raise ValueError(f"{self.root} was packed with {record}: choose the same resolution and views, or pack again")
         found = (3, "png", True)
         if not self.packed and (subscene_tag is None or suffix is None or read_mask is None):
-            found = probe(root, objects[0], group)
+            found = probe(root, objects, group)
         self.k = found[0] if subscene_tag is None else subscene_tag
         self.suffix = found[1] if suffix is None else suffix
         self.read_mask = found[2] if read_mask is None else read_mask
@@ -231,7 +235,13 @@ class MultiViewDataset:
         reach. ValueError or FileNotFoundError names the file.
         """
         if self.packed:
-            stored = np.load(self.root / f"{name}.npy", mmap_mode="r")  # (2,V,R,R,4)
+            file, shape = self.root / f"{name}.npy", (2, len(self.views), self.resolution, self.resolution, 4)
+            try:
+                stored = np.load(file, mmap_mode="r")
+            except ValueError as error:
+                raise ValueError(f"{file}: unreadable, pack it again: {error}") from None
+            if (stored.shape, stored.dtype) != (shape, np.uint8):
+                raise ValueError(f"{file}: {stored.dtype} {stored.shape} instead of uint8 {shape}: pack it again")
             return lambda domain, i: np.array(stored[PACKED.index(domain), i])
         folder = self.root / name[: self.k] / name
         path = lambda kind, i: folder / f"{kind}_{self.group}_{self.views[i]}.{self.suffix}"
@@ -361,7 +371,7 @@ def finish(batch: dict[str, Tensor], clip_resize: str = "pil", camera_flags: boo
     """
     condition, targets = compose(batch, **options)
     if clip_resize == "pil":
-        mean, std = (torch.tensor(c, device=condition.device)[:, None, None] for c in (MEAN, STD))
+        mean, std = constants(condition.device)
         pixels = (batch["clip"].float() / 255 - mean) / std
     elif clip_resize in ("tensor", "tensor_noaa"):
         pixels = preprocess_tensor(condition, batch["clip"].shape[-1], antialias=clip_resize == "tensor")
@@ -428,6 +438,8 @@ def cache_command(root: str, argv: list[str]) -> list[str]:
     from mvdiff import build, cache  # they import this file
 
     cfg = build.parse(argv, __doc__)
+    if cfg.debug:
+        raise ValueError("debug makes noise, of which nothing can be stored: leave it out with --cache")
     device = dist.init(cfg.timeout)
     dtype = dist.autocast_dtype(cfg.amp, device)
     frozen, options = build.load_frozen_of(cfg), build.finish_options(cfg)
@@ -443,6 +455,13 @@ def cache_command(root: str, argv: list[str]) -> list[str]:
     return [reason for count in counts for reason in count[2]] if part[0] == 0 else []
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on, of a command line."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one of the commands; the exit code is 1 when something could not be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -451,7 +470,7 @@ def main(argv: list[str] | None = None) -> int:
     action.add_argument("--pack", metavar="ROOT", help="write every object as one file, resized")
     action.add_argument("--cache", metavar="CACHE", help="store frozen work; all other arguments are those of train.py")
     parser.add_argument("--out", help="--check: the picture (check.png); --pack: the folder to write to")
-    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--resolution", type=positive, default=256)
     parser.add_argument("--num_views", type=int, default=6)
     parser.add_argument("--crop", choices=["center"], help="for files that are not square: fit the shorter side, crop the centre")
     args, rest = parser.parse_known_args(argv)
@@ -463,6 +482,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             if rest or (args.pack and not args.out):
                 parser.error(f"unknown arguments {rest}" if rest else "--pack needs --out FOLDER")
+            if args.check and Path(args.out or "check.png").suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+                parser.error(f"--out {args.out}: the name of a picture must end in .png, .jpg or .webp")
             data = open_root(args.check or args.pack, args.num_views, args.resolution, crop=args.crop)
             bad = check(data, args.out or "check.png") if args.check else pack(data, args.out)
             print("\n".join([*bad, f"{len(bad)} of {len(data)} objects cannot be used"]))

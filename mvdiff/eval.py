@@ -22,16 +22,16 @@ from tqdm import tqdm
 from common import dist
 from common.data import stack
 from common.io import write_image
-from mvdiff.build import Frozen, load_frozen
-from mvdiff.dataset import MultiViewDataset, finish, list_objects, split_objects
+from mvdiff.build import Frozen, check_sizes, load_frozen
+from mvdiff.dataset import MultiViewDataset, finish, list_objects, positive, split_objects
 from mvdiff.metrics import foreground, foreground_iou, normal_angular_error, psnr, ssim
 from mvdiff.model import ObjectNoise, decode, encode_condition, load_unet, sample, target_rows, unet_arguments
 from mvdiff.pictures import grid, round_uint8
 from mvdiff.unet import UNet
 
 COLUMNS = (
-    *("psnr", "psnr_unseen", "ssim", "normal_deg", "normal_median", "within_11.25", "within_30"),
-    *("iou_color", "iou_normal", "agreement"),
+    *("psnr", "psnr_unseen", "ssim", "normal_deg", "normal_median", "within_11.25", "within_22.5", "within_30"),
+    *("empty_masks", "iou_color", "iou_normal", "agreement"),
 )
 
 
@@ -56,7 +56,8 @@ def generate(
 
 def object_metrics(images: Tensor, truth: Tensor, alpha: Tensor, domains: list[str], seen: int) -> dict[str, float]:
     """Means over the views of one object: images and truth (D,V,3,R,R) in [0,1] on white, alpha (V,R,R) bool; `seen` is the view
-    that was the input picture. Degrees for normals, shares in [0,1]; what a model does not make is left out."""
+    that was the input picture. Degrees for normals, shares in [0,1]; empty_masks counts the views whose normals cannot be judged,
+    since alpha is empty; what a model does not make is left out."""
     out, masks = {}, {}
     for d, domain in enumerate(domains):
         masks[domain] = foreground(images[d])
@@ -70,7 +71,9 @@ def object_metrics(images: Tensor, truth: Tensor, alpha: Tensor, domains: list[s
     if "normal" in domains:
         d = domains.index("normal")
         errors = [normal_angular_error(*(2 * x[d, v] - 1 for x in (images, truth)), alpha[v]) for v in range(len(alpha))]
-        keys = {"normal_deg": "mean", "normal_median": "median", "within_11.25": "within_11.25", "within_30": "within_30.0"}
+        keys = {"normal_deg": "mean", "normal_median": "median"}
+        keys |= {"within_11.25": "within_11.25", "within_22.5": "within_22.5", "within_30": "within_30.0"}
+        out["empty_masks"] = errors.count(None)
         out |= {name: float(np.mean([e[k] for e in errors if e])) if any(errors) else float("nan") for name, k in keys.items()}
     if len(domains) == 2:
         out["agreement"] = foreground_iou(masks["color"], masks["normal"]).mean().item()
@@ -164,6 +167,19 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def read_checkpoint(path: Path, key: str) -> dict:
+    """A checkpoint's file that holds `key`. FileNotFoundError, or ValueError with the remedy."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file raises anything
+        raise ValueError(f"{path}: unreadable checkpoint: {type(error).__name__}: {str(error)[:200]}") from None
+    if not isinstance(state, dict) or key not in state:
+        raise ValueError(f"{path}: no UNet in it: give a folder, or checkpoint/{{step}}.pt of a run")
+    return state
+
+
 def load_generator(weights: str, unet: str | None = None, variant: str | None = None, say=print) -> tuple[UNet, dict, Frozen]:
     """(UNet in eval mode, its config, frozen networks) of a weights folder; `unet`: another folder for the UNet, or a training
     checkpoint {step}.pt, whose moving average is taken where {step}_ema.pt lies beside it."""
@@ -172,10 +188,10 @@ def load_generator(weights: str, unet: str | None = None, variant: str | None = 
         network, config = load_unet(unet or weights, variant=variant, say=say)
         return network.eval().requires_grad_(False), config, frozen
     path = Path(unet)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_checkpoint(path, "model")
     average = path.with_name(f"{path.stem}_ema.pt")
     if average.exists():
-        state["model"] |= torch.load(average, map_location="cpu", weights_only=True)["shadows"]
+        state["model"] |= read_checkpoint(average, "shadows")["shadows"]
     network = UNet(**unet_arguments(state["config"]))
     network.load_state_dict(state["model"])
     say(f"{path}: {'moving average' if average.exists() else 'weights'} of step {state['step']}")
@@ -190,6 +206,11 @@ def image_size(config: dict, frozen: Frozen, given: int | None = None) -> int:
 def has_domain_flags(config: dict) -> bool:
     """Whether a UNet's camera embedding holds the domain's flags: 10 numbers, else 6."""
     return (config.get("projection_class_embeddings_input_dim") or 10) == 10
+
+
+def scales_latents(config: dict) -> bool:
+    """Whether a UNet was trained with the latent of the input picture scaled, as published ones are."""
+    return config.get("scale_input_latents", True)
 
 
 def baseline_makers(frozen: Frozen) -> dict:
@@ -214,20 +235,21 @@ def main() -> None:
     parser.add_argument("--variant", help="'fp16' where the files are named so")
     parser.add_argument("--data", required=True, help="folder of rendered objects")
     parser.add_argument("--object_list", help="JSON list of the objects to take")
-    parser.add_argument("--num_validation_samples", type=int, help="only the last so many, which training leaves out")
-    parser.add_argument("--limit", type=int, help="only the first so many")
-    parser.add_argument("--resolution", type=int, help="side of the images; default: that of the UNet's config")
+    parser.add_argument("--num_validation_samples", type=positive, help="only the last so many, which training leaves out")
+    parser.add_argument("--limit", type=positive, help="only the first so many")
+    parser.add_argument("--resolution", type=positive, help="side of the images; default: that of the UNet's config")
     parser.add_argument("--condition_view", default="front")
     parser.add_argument("--domain", default="joint", choices=["joint", "color", "normal"])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0])
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=positive, default=50)
     parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--batch", type=int, default=4, help="objects at a time")
+    parser.add_argument("--batch", type=positive, default=4, help="objects at a time")
     parser.add_argument("--amp", default="off", choices=["off", "on", "bf16", "fp16"])
     parser.add_argument("--baselines", action="store_true", help="also score the input picture, and the autoencoder alone")
     parser.add_argument("--out", help="CSV file with one row per object and guidance")
     parser.add_argument("--json", help="JSON file with the means")
+    parser.add_argument("--tb", help="TensorBoard folder for the table")
     parser.add_argument("--pictures", type=int, default=0, help="draw the first so many objects into --picture_dir")
     parser.add_argument("--picture_dir", default="mvdiff_eval", help="folder for them")
     args = parser.parse_args()
@@ -235,25 +257,34 @@ def main() -> None:
     device = dist.init()
     try:
         unet, config, frozen = load_generator(args.weights, args.unet, args.variant)
+        if args.domain != "joint" and unet.joint:
+            raise ValueError(f"--domain {args.domain}: the network has cross-domain attention, which needs both: use joint")
         names = list_objects(args.data, args.object_list)
         if args.num_validation_samples:
             names = split_objects(names, args.num_validation_samples, validation=True)
         size = image_size(config, frozen, args.resolution)
+        check_sizes(frozen, size, args.steps)
         shape = {"resolution": size, "clip_size": frozen.clip.image_size, "condition_view": args.condition_view}
         shape |= {"pred_type": args.domain, "domains": ("normal", "color"), "bg_color": "white"}
         data = MultiViewDataset(args.data, names, unet.num_views, **shape)
+        for path in filter(None, (args.out, args.json)):  # known to be writable before the hours of sampling
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).touch()
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     dtype = dist.autocast_dtype(args.amp, device)
     unet, frozen = unet.to(device), frozen.to(device, dtype)
     options = {"camera_flags": has_domain_flags(config)}
     shared = {"device": device, "options": options, "batch": args.batch, "limit": args.limit, "bar": dist.is_main()}
+    shared["scale"] = scales_latents(config)
     runs = {name: {"maker": maker} for name, maker in baseline_makers(frozen).items()} if args.baselines else {}
     sampler = {"steps": args.steps, "eta": args.eta, "seed": args.seed, "dtype": dtype, "pictures": args.pictures}
     runs |= {f"guidance {g:g}": {"guidance": g, **sampler} for g in args.guidance}
     results = {}
     for name, run in runs.items():
         results[name] = evaluate(unet, frozen, data, **shared, **run)
+        if not results[name]["objects"]:
+            raise SystemExit(f"error: {args.data}: not one of {min(len(data), args.limit or len(data))} objects could be read")
         if results[name]["pictures"] and dist.is_main():
             write_image(Path(args.picture_dir) / f"{name.replace(' ', '_')}.png", np.concatenate(results[name]["pictures"]))
     if dist.is_main():
@@ -268,6 +299,11 @@ def main() -> None:
             print(f"per object: {args.out}")
         if args.json:
             Path(args.json).write_text(json.dumps({k: {"mean": r["mean"], "error": r["error"]} for k, r in results.items()}, indent=1))
+        if args.tb:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            with SummaryWriter(args.tb) as board:
+                board.add_text("evaluation", "    " + table(results).replace("\n", "\n    "))  # indented: kept as it is
     dist.shutdown()
 
 

@@ -93,9 +93,8 @@ def norm_conv2d(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """LayerNorm of x (...,C). Statistics in fp32; the result has x's dtype also under autocast, which would keep fp32 copies."""
-    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-    return torch.native_layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)[0]
+    """LayerNorm of x (...,C). fp32 inside; the result has x's dtype also under autocast."""
+    return torch.native_layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps)[0].to(x.dtype)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -104,7 +103,8 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, *parameters) -> tuple[Tensor, ...]:
         weights, biases = parameters[::2], parameters[1::2]
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps)
+        y, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], norm_weight, norm_bias, eps)
+        y = y.to(x.dtype)
         ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, *weights)
         ctx.eps = eps
         return tuple(F.linear(y, weight, bias) for weight, bias in zip(weights, biases))
@@ -112,10 +112,9 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, norm_weight, norm_bias, mean, rstd, *weights = ctx.saved_tensors
-        dtype, shape, out = grads[0].dtype, x.shape[-1:], []
-        norm = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
+        dtype, shape, norm, x32, out = grads[0].dtype, x.shape[-1:], (norm_weight, norm_bias), x.float(), []
         with torch.autocast(x.device.type, enabled=False):
-            y = torch.native_layer_norm(x, shape, *norm, ctx.eps)[0].to(dtype).flatten(0, -2)
+            y = torch.native_layer_norm(x32, shape, *norm, ctx.eps)[0].to(dtype).flatten(0, -2)
             gy = None
             for i, (grad, weight) in enumerate(zip(grads, weights)):
                 need_w, need_b = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
@@ -125,14 +124,13 @@ class _NormLinear(torch.autograd.Function):
                 part = flat @ weight.to(dtype)
                 gy = part if gy is None else gy + part
             wanted = list(ctx.needs_input_grad[:3])
-            gy = gy.view(x.shape).to(x.dtype)
-            gx, gw, gb = torch.ops.aten.native_layer_norm_backward(gy, x, shape, mean, rstd, *norm, wanted)
-        gw, gb = (None if g is None else g.to(norm_weight.dtype) for g in (gw, gb))
-        return gx, gw, gb, None, *out
+            gy = gy.view(x.shape).float()
+            gx, gw, gb = torch.ops.aten.native_layer_norm_backward(gy, x32, shape, mean, rstd, *norm, wanted)
+        return (None if gx is None else gx.to(x.dtype)), gw, gb, None, *out
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, *linears: nn.Linear) -> tuple[Tensor, ...]:
-    """linear(norm(x)) of every one of `linears`, for x (...,C). Statistics in fp32; the rest in the precision of x or of autocast."""
+    """linear(norm(x)) of every one of `linears`, for x (...,C). The norm in fp32; the rest in the precision of x or of autocast."""
     parameters = [p for linear in linears for p in (linear.weight, linear.bias)]
     return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, *parameters)
 

@@ -32,7 +32,7 @@ UNET_ARGUMENTS = (
     "sparse_mv_attention",
 )  # fmt: skip
 UNET_IGNORED = {
-    "sample_size", "mvcd_attention", "cross_domain_attention", "joint_attention", "joint_attention_twice",
+    "sample_size", "scale_input_latents", "mvcd_attention", "cross_domain_attention", "joint_attention", "joint_attention_twice",
     "addition_embed_type_num_heads", "down_block_types", "mid_block_type", "up_block_types", "class_embed_type",
 }  # fmt: skip
 VAE_FIXED = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
@@ -132,9 +132,14 @@ def rename_old_unet(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def new_kind(name: str) -> str | None:
+    """Which of the parts that weights may lack as a whole a parameter belongs to, if any."""
+    return next((kind for kind in ("joint_mid", "joint_last", "class_embedding") if f"{kind}." in name), None)
+
+
 def is_joint(name: str) -> bool:
     """Whether a parameter belongs to the cross-domain layers."""
-    return ".attn_joint_" in name or ".norm_joint_" in name
+    return new_kind(name) in ("joint_mid", "joint_last")
 
 
 def init_unet(unet: UNet, state: dict[str, Tensor], zero_init_conv_in: bool = True) -> dict[str, list[str]]:
@@ -142,7 +147,7 @@ def init_unet(unet: UNet, state: dict[str, Tensor], zero_init_conv_in: bool = Tr
 
     A `conv_in` with fewer input channels fills the first ones; the others become zero (`zero_init_conv_in`), else stay as
     initialised. New layers keep their initialisation. Returns {"new": names that the weights lack, "changed": names whose shape
-    grew}. Raises ValueError for any other difference.
+    grew}. Raises ValueError for any other difference, and for a part of which the weights have some names only.
     """
     own, state, changed = unet.state_dict(), dict(state), []
     weight, wider = state.get("conv_in.weight"), own["conv_in.weight"]
@@ -151,8 +156,9 @@ def init_unet(unet: UNet, state: dict[str, Tensor], zero_init_conv_in: bool = Tr
         grown[:, : weight.shape[1]] = weight
         state["conv_in.weight"], changed = grown, ["conv_in.weight"]
     new = sorted(own.keys() - state.keys())
+    lacking = {new_kind(name) for name in new} - {new_kind(name) for name in state} - {None}
     faults = {
-        "missing": [name for name in new if not is_joint(name) and not name.startswith("class_embedding.")],
+        "missing": [name for name in new if new_kind(name) not in lacking],
         "unexpected": sorted(state.keys() - own.keys()),
         "of another shape": [f"{k} {tuple(v.shape)}" for k, v in state.items() if k in own and v.shape != own[k].shape],
     }
@@ -195,7 +201,9 @@ def load_unet(
     if report["new"] or report["changed"]:
         kinds = {"cross-domain layers": [n for n in report["new"] if is_joint(n)], "input channels": report["changed"]}
         kinds["camera embedding"] = [n for n in report["new"] if not is_joint(n)]
-        say(f"{folder}: " + ", ".join(f"{len(names)} tensors of {kind} are new" for kind, names in kinds.items() if names))
+        some = lambda names: ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        what = [f"{len(names)} tensors of {kind} are new ({some(names)})" for kind, names in kinds.items() if names]
+        say(f"{folder}: " + ", ".join(what))
     return unet, config
 
 
@@ -247,23 +255,12 @@ def target_rows(targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_condition(
-    vae: AutoencoderKL, clip: CLIPVision, image: Tensor, pixels: Tensor, noise: Tensor | None = None, scale: bool = True
-) -> tuple[Tensor, Tensor]:
+def encode_condition(vae: AutoencoderKL, clip: CLIPVision, image: Tensor, pixels: Tensor, scale: bool = True) -> tuple[Tensor, Tensor]:
     """Latent (B,4,h,w) and embedding (B,E), fp32, of input pictures: image (B,3,H,W) in [-1,1], pixels (B,3,S,S) made for CLIP.
 
-    The latent is the posterior's mode, or with `noise` (B,4,h,w) a sample; `scale` False leaves it unscaled.
+    The latent is the posterior's mode; `scale` False leaves it unscaled.
     """
-    mean, std = vae.encode(image)
-    latent = mean if noise is None else mean + std * noise
-    return latent * (vae.scaling_factor if scale else 1), clip(pixels).float()
-
-
-@torch.no_grad()
-def encode_targets(vae: AutoencoderKL, images: Tensor, noise: Tensor, chunk: int = 0) -> Tensor:
-    """Posterior samples (N,4,h,w), scaled, fp32, of images (N,3,H,W) in [-1,1] with noise (N,4,h,w)."""
-    mean, std = vae.encode(images, chunk)
-    return (mean + std * noise) * vae.scaling_factor
+    return vae.encode(image)[0] * (vae.scaling_factor if scale else 1), clip(pixels).float()
 
 
 @torch.no_grad()

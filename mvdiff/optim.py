@@ -5,18 +5,21 @@ import math
 import torch
 from torch import Tensor, nn
 
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
 
 def select_trainable(unet: nn.Module, suffixes: list[str] | None = None, freeze_unused: bool = True) -> dict[str, nn.Parameter]:
     """Set requires_grad and return the parameters that train, by name.
 
     `suffixes` None: all. Otherwise those of the modules whose dotted name ends with one of the suffixes (["joint_mid"]: the
-    cross-domain layers and their norms). `freeze_unused` leaves out attn2.to_q, attn2.to_k and norm2: with a single image token
-    their gradient is exactly zero, and DistributedDataParallel would wait for it.
+    cross-domain layers and their norms); ValueError for a suffix that no name ends with. `freeze_unused` leaves out attn2.to_q,
+    attn2.to_k and norm2: with a single image token their gradient is exactly zero, and DistributedDataParallel would wait for it.
     """
-    modules = [name for name, _ in unet.named_modules() if suffixes is None or name.endswith(tuple(suffixes))]
-    if not modules:
-        raise ValueError(f"trainable_modules {suffixes}: no module of the UNet has a name that ends so")
-    chosen = set(modules)
+    names = [name for name, _ in unet.named_modules()]
+    for suffix in suffixes or []:
+        if not any(name.endswith(suffix) for name in names):
+            raise ValueError(f"trainable_modules {suffix!r}: no module of the UNet has a name that ends so")
+    chosen = {name for name in names if suffixes is None or name.endswith(tuple(suffixes))}
     trained = {}
     for name, parameter in unet.named_parameters():
         parents = name.split(".")
@@ -44,10 +47,10 @@ def lr_factor(schedule: str, step: int, warmup: int, total: int, default_lr: flo
     `schedule`: constant, constant_with_warmup, linear, cosine, cosine_with_restarts (one cycle) or polynomial (power 1, down
     to 1e-7: an absolute rate, hence `default_lr`, the optimizer's default rate: 1e-3 where rates are given per group only).
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"lr_scheduler {schedule!r} is unknown")
     if schedule == "constant":
         return 1.0
-    if schedule not in ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"):
-        raise ValueError(f"lr_scheduler {schedule!r} is unknown")
     if step < warmup:
         return step / max(1, warmup)
     if schedule == "constant_with_warmup":
@@ -82,6 +85,7 @@ def ema_decay(
 
 
 @torch.no_grad()
-def ema_update(shadows: list[Tensor], parameters: list[Tensor], decay: float) -> None:
-    """shadow += (1 - decay) * (parameter - shadow), in place. Frozen parameters need no shadow."""
-    torch._foreach_lerp_(shadows, parameters, 1 - decay)
+def ema_update(shadows: list[Tensor], parameters: list[Tensor], decay: float, skip: Tensor | None = None) -> None:
+    """shadow += (1 - decay) * (parameter - shadow), in place; nothing where `skip` () is 1: a step that does not count. Frozen
+    parameters need no shadow."""
+    torch._foreach_lerp_(shadows, parameters, 1 - decay if skip is None else [(1 - decay) * (1 - skip)] * len(shadows))

@@ -1,5 +1,8 @@
 """Single pictures: preparation of an input picture, resizing, rounding to 8 bits, grids."""
 
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -12,14 +15,26 @@ BACKGROUNDS = {"white": 1.0, "gray": 0.5, "black": 0.0}
 
 def background_color(name: str | float, rng: np.random.Generator | None = None) -> np.ndarray:
     """(3,) float32 in [0,1]: white, gray, black, a number, "random" (three uniforms), "three_choices" (one of the named)."""
+    if name in ("random", "three_choices") and rng is None:
+        raise ValueError(f"bg_color {name}: give one colour here, {', '.join(BACKGROUNDS)} or a number")
     if name == "random":
         return rng.random(3).astype(np.float32)
     if name == "three_choices":
         name = tuple(BACKGROUNDS)[int(rng.integers(3))]
     try:
-        return np.full(3, BACKGROUNDS[name] if name in BACKGROUNDS else float(name), np.float32)
+        value = BACKGROUNDS[name] if name in BACKGROUNDS else float(name)
     except (TypeError, ValueError):
-        raise ValueError(f"bg_color {name!r}: known are {', '.join(BACKGROUNDS)}, random, three_choices and numbers") from None
+        value = -1
+    if not 0 <= value <= 1:
+        known = f"{', '.join(BACKGROUNDS)}, random, three_choices and numbers in [0,1]"
+        raise ValueError(f"bg_color {name!r}: known are {known}")
+    return np.full(3, value, np.float32)
+
+
+def picture_names(files: list[Path]) -> list[str]:
+    """A name for each picture: its file's stem, or the whole file name where others have the same stem."""
+    count = Counter(file.stem for file in files)
+    return [file.stem if count[file.stem] == 1 else file.name for file in files]
 
 
 def resize_square(image: Image.Image, size: int) -> Image.Image:
@@ -106,8 +121,3 @@ def grid(images: Tensor, per_row: int) -> Tensor:
     rows = -(-n // per_row)
     full = torch.cat([images, images.new_zeros(rows * per_row - n, c, h, w)])
     return full.view(rows, per_row, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, per_row * w)
-
-
-def interleave(*domains: Tensor) -> Tensor:
-    """Pictures of each domain, (N,...) each -> (N * domains,...): the first of every domain, the second of every domain, ..."""
-    return torch.stack(domains, dim=1).flatten(0, 1)

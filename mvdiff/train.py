@@ -84,39 +84,53 @@ def encode(frozen: Frozen, batch: dict, cfg, options: dict) -> dict[str, Tensor]
 
 
 def make_generators(seed: int, positions: Tensor, device: torch.device) -> list[torch.Generator]:
-    """One for each object of a batch, a function of (seed, position)."""
-    seeds = [int(data.rng(seed, position, 1).integers(2**63)) for position in positions.tolist()]
+    """One for each object of a batch, a function of (seed, position); apart from the streams of the data set's attempts."""
+    seeds = [int(data.rng(seed, position, 0, 1).integers(2**63)) for position in positions.tolist()]
     return [torch.Generator(device).manual_seed(number) for number in seeds]
 
 
-def denoise(
-    net, frozen: Frozen, work: dict[str, Tensor], generators: list[torch.Generator], cfg, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, squared error of each row (N,), time steps (N,)) of one prediction, with noise, time steps and drops drawn here."""
-    (b, d), v, scale = work["is_normal"].shape, cfg.num_views, frozen.vae.scaling_factor
-    mean, std, latent = work["mean"], work["std"], work["condition_mean"]
+def draw(work: dict[str, Tensor], generators: list[torch.Generator], cfg, timesteps: int) -> dict[str, Tensor]:
+    """What `denoise` takes at random, in a fixed order: normal numbers for the posteriors of the targets and of the input picture,
+    for the noise, its offset and the perturbation; time steps t (N,) below `timesteps`; uniform numbers that say what drops."""
+    d, v, shape = work["is_normal"].shape[1], cfg.num_views, work["std"].shape[1:]
     normal = lambda *shape: losses.draw_rows(torch.randn, generators, d, v, *shape)
-    latents = (mean + std * normal(*std.shape[1:])) * scale  # (N,4,h,w)
+    draws = {"target": normal(*shape)}  # (N,4,h,w)
     if cfg.cond_latent == "sample":
-        latent = latent + work["condition_std"] * losses.draw_rows(torch.randn, generators, 1, 1, *latent.shape[1:])
-    latent = latent * (scale if cfg.scale_input_latents else 1.0)
-    noise = normal(*std.shape[1:])
+        draws["condition"] = losses.draw_rows(torch.randn, generators, 1, 1, *shape)  # (B,4,h,w)
+    draws["noise"] = normal(*shape)
     if cfg.noise_offset:
-        noise = losses.offset_noise(noise, cfg.noise_offset, normal(std.shape[1], 1, 1))
-    t = losses.draw_timesteps(frozen.diffusion.num_train_timesteps, cfg.timestep_sharing, generators, d, v)
-    keep = []
+        draws["offset"] = normal(shape[0], 1, 1)
+    draws["t"] = losses.draw_timesteps(timesteps, cfg.timestep_sharing, generators, d, v)
     if cfg.use_classifier_free_guidance:
-        unit = losses.DROP_UNITS[cfg.drop_type]
-        u = losses.draw_units(torch.rand, generators, unit, d, v)
-        keep = [losses.spread(k, unit, d, b, v) for k in losses.keep_conditions(u, cfg.condition_drop_rate, cfg.drop_rule)]
+        draws["drop"] = losses.draw_units(torch.rand, generators, losses.DROP_UNITS[cfg.drop_type], d, v)
+    if cfg.input_perturbation:
+        draws["perturbation"] = normal(*shape)
+    return draws
+
+
+def denoise(
+    net, frozen: Frozen, work: dict[str, Tensor], draws: dict[str, Tensor], cfg, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """(loss, squared error of each row (N,)) of one prediction, with the random numbers of `draw`."""
+    (b, d), v, scale, t = work["is_normal"].shape, cfg.num_views, frozen.vae.scaling_factor, draws["t"]
+    latents = (work["mean"] + work["std"] * draws["target"]) * scale  # (N,4,h,w)
+    latent = work["condition_mean"]
+    if cfg.cond_latent == "sample":
+        latent = latent + work["condition_std"] * draws["condition"]
+    latent = latent * (scale if cfg.scale_input_latents else 1.0)
+    noise, keep = draws["noise"], []
+    if cfg.noise_offset:
+        noise = losses.offset_noise(noise, cfg.noise_offset, draws["offset"])
+    if cfg.use_classifier_free_guidance:
+        kept = losses.keep_conditions(draws["drop"], cfg.condition_drop_rate, cfg.drop_rule)
+        keep = [losses.spread(k, losses.DROP_UNITS[cfg.drop_type], d, b, v) for k in kept]
     added = noise
     if cfg.input_perturbation:
-        added = losses.perturb_input(noise, cfg.input_perturbation, normal(*std.shape[1:]))
+        added = losses.perturb_input(noise, cfg.input_perturbation, draws["perturbation"])
     x = frozen.diffusion.add_noise(latents, added, t)
     with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
         prediction = predict(net, x, t, latent, work["embedding"], work["camera"], v, *keep)
-    value, rows = losses.denoising_loss(prediction, latents, noise, t, frozen.diffusion, cfg.snr_gamma, cfg.snr_rule)
-    return value, rows, t
+    return losses.denoising_loss(prediction, latents, noise, t, frozen.diffusion, cfg.snr_gamma, cfg.snr_rule)
 
 
 def tally_rows(rows: Tensor, t: Tensor, is_normal: Tensor, views: int, total_t: int) -> Tensor:
@@ -140,11 +154,12 @@ def train_step(
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items() if isinstance(value, Tensor)}
         work = encode(frozen, batch, cfg, options)
         alone = i < count - 1 and isinstance(net, DistributedDataParallel)  # gradients travel with the last micro-batch
+        draws = draw(work, generators, cfg, frozen.diffusion.num_train_timesteps)
         with net.no_sync() if alone else nullcontext():
-            value, rows, t = denoise(net, frozen, work, generators, cfg, dtype)
+            value, rows = denoise(net, frozen, work, draws, cfg, dtype)
             scaler.scale(value / count).backward()
         mean = mean + value.detach() / count
-        tally = tally + tally_rows(rows, t, work["is_normal"], cfg.num_views, frozen.diffusion.num_train_timesteps)
+        tally = tally + tally_rows(rows, draws["t"], work["is_normal"], cfg.num_views, frozen.diffusion.num_train_timesteps)
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     guard.settle()  # the flag of the step before
@@ -158,12 +173,11 @@ def train_step(
     optimizer.step()  # fused: does nothing where found_inf is 1
     scaler.update()
     decay = optim.ema_decay(done + 1, cfg.ema_decay)
-    if shadows:  # a step that does not count leaves the averages alone
-        weights = [(1 - decay) * (1 - flag)] * len(shadows)
-        torch._foreach_lerp_(shadows, [p.detach() for p in parameters], weights)
+    if shadows:
+        optim.ema_update(shadows, parameters, decay, skip=flag)
     good = torch.cat([torch.stack([mean, torch.ones_like(mean)])[:, None], tally], dim=1)  # (2,7), in the order of TALLY
     good = torch.where(flag > 0, torch.zeros_like(good), good)
-    return {"tally": good, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "ema_decay": decay}
+    return {"tally": good, "grad_norm": grad_norm, "lr": [group["lr"] for group in optimizer.param_groups], "ema_decay": decay}
 
 
 def tally_means(tally: Tensor) -> dict[str, float]:
@@ -248,8 +262,13 @@ def describe(cfg, objects: int, unet: UNet, trained: dict, dtype, device, step: 
         f"{cfg.num_views * domains * batch} rows a rank and micro-batch; x {parts} micro-batches x {world} ranks = "
         f"{batch * parts * world} objects a step, steps {step}..{last_step} of {total_steps}; {count(unet.parameters())} parameters, "
         f"{count(trained.values())} trained, on {device}, amp {str(dtype).removeprefix('torch.')}, "
-        f"{'with' if cfg.use_ema else 'without'} EMA, {'cached' if cfg.latent_cache_dir else 'live'} encoders"
+        f"{'with' if cfg.use_ema else 'without'} EMA, {'cached' if cfg.latent_cache_dir and not cfg.debug else 'live'} encoders"
     )
+
+
+def due(step: int, every: int) -> bool:
+    """Whether what is done every so many steps is done after this one; 0: never."""
+    return every > 0 and step % every == 0
 
 
 def main() -> None:
@@ -267,12 +286,14 @@ def main() -> None:
 
     dtype = dist.autocast_dtype(cfg.amp, device)
     frozen = build.load_frozen_of(cfg)
+    build.check_sizes(frozen, cfg.resolution, cfg.validation_steps_ddim)
     options = build.finish_options(cfg)
     dataset, sets = build_data(cfg, frozen, options, dtype)
     inputs = input_pictures(cfg)
     checkpoints = Checkpoints(folder / "checkpoint", cfg.keep_last, cfg.keep_every, log.text)
     state = checkpoints.load(cfg.checkpoint)
     unet, config = build_model(cfg, frozen, state and state[""], log.text)
+    config |= {"sample_size": cfg.resolution // frozen.factor, "scale_input_latents": cfg.scale_input_latents}  # for the samplers
     unet.to(device).set_checkpointing(cfg.gradient_checkpointing)
     if dist.is_main():
         build.write_frozen(folder / "pipeline", frozen)  # before it is cast
@@ -284,7 +305,7 @@ def main() -> None:
     step, skipped, tally = restore(state, optimizer, scaler, trained, shadows, log.text)
     del state
     objects = cfg.train_batch_size * cfg.gradient_accumulation_steps * world
-    total_steps = cfg.max_train_steps or cfg.num_train_epochs * max(1, len(dataset) // objects)
+    total_steps = cfg.max_train_steps or cfg.num_train_epochs * -(-len(dataset) // objects)
     last_step = min(total_steps, cfg.max_steps or total_steps)
     log.text(describe(cfg, len(dataset), unet, trained, dtype, device, step, last_step, total_steps))
 
@@ -295,7 +316,7 @@ def main() -> None:
     bad = data.BadSamples(cfg.max_bad_fraction, log.warn)
     batches = build_loader(dataset, cfg, step, last_step)
     progress = Progress(last_step, step, log)
-    look = (sets, inputs, cfg, options, device, dtype, log)
+    look = (sets, inputs, cfg, {"camera_flags": options["camera_flags"]}, device, dtype, log)  # as in eval.py, whatever trains
     if cfg.validation_sanity_check and step == 0:
         with averaged(trained, shadows):
             validate(unet, frozen, *look, step, score=True, draw=True)
@@ -314,20 +335,20 @@ def main() -> None:
         )
         step, tally = step + 1, tally + out["tally"]
 
-        if step % cfg.log_every == 0 or step == last_step:
+        if due(step, cfg.log_every) or step == last_step:
             dist.check_drift(trained.values(), step)
             values = tally_means(tally)
             run = {"train/grad_norm": out["grad_norm"], "train/skipped": guard.skipped, "train/bad_samples": bad.total()}
-            run |= {"train/lr": out["lr"], "train/ema_decay": out["ema_decay"]}
-            log.scalars(step, values | run | progress.update(step, values.get("loss/loss", float("nan")), out["lr"], objects))
+            run |= {"train/ema_decay": out["ema_decay"], **dict(zip(("train/lr", "train/lr_camera_embedding"), out["lr"]))}
+            log.scalars(step, values | run | progress.update(step, values.get("loss/loss", float("nan")), out["lr"][0], objects))
             tally = torch.zeros_like(tally)
-        score, draw = (step % every == 0 or step == last_step for every in (cfg.validate_every, cfg.vis_every))
-        if (score or draw) and (sets or inputs):
+        score, show = (due(step, every) or (every and step == last_step) for every in (cfg.validate_every, cfg.vis_every))
+        if (score or show) and (sets or inputs):
             dist.at(step, "validate")
             with averaged(trained, shadows):
-                validate(unet, frozen, *look, step, score, draw)
+                validate(unet, frozen, *look, step, score, show)
         stopping = stop.agreed()
-        if step % cfg.save_every == 0 or step == last_step or stopping:
+        if due(step, cfg.save_every) or step == last_step or stopping:
             dist.at(step, "save")
             guard.settle()
             dist.check_drift(trained.values(), step)

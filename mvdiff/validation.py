@@ -13,7 +13,7 @@ from mvdiff.camera import camera_angles, view_names
 from mvdiff.clip import preprocess_pil
 from mvdiff.dataset import camera_embedding
 from mvdiff.eval import evaluate, generate, normals_first, picture
-from mvdiff.pictures import prepare_input
+from mvdiff.pictures import picture_names, prepare_input
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp")
 
@@ -26,11 +26,11 @@ def input_pictures(cfg) -> list[tuple[str, np.ndarray]]:
     files = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
     if not files:
         raise FileNotFoundError(f"validation_dir {folder}: no {', '.join(PICTURES)} in it")
-    for path in files:
+    for path, name in zip(files, picture_names(files)):
         try:
             with Image.open(path) as image:
                 crop = cfg.validation_crop_size if image.mode == "RGBA" else -1
-                out.append((path.stem, prepare_input(image, cfg.resolution, crop, "white", assume_foreground=True)[0]))
+                out.append((name, prepare_input(image, cfg.resolution, crop, "white", assume_foreground=True)[0]))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: {error}") from None
     return out
@@ -47,6 +47,7 @@ def draw_inputs(unet, frozen: Frozen, inputs: list, cfg, options: dict, device, 
         pixels = preprocess_pil((rgb.transpose(1, 2, 0) * 255 + 0.5).astype(np.uint8), frozen.clip.image_size)
         image, pixels = (torch.from_numpy(x)[None].to(device) for x in (rgb, pixels))
         for scale in cfg.validation_guidance_scales:
+            dist.at(step, "sample")
             sampler = (cfg.validation_steps_ddim, scale, cfg.validation_eta, dtype, cfg.scale_input_latents)
             images = generate(unet, frozen, image * 2 - 1, pixels, camera.to(device), [cfg.seed], *sampler)
             shown = picture(image[0], images[0], None, normals_first(domains))

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from runs import ROOT, checkpoint, difference, generated, metrics, run, run_until_sigterm, same_end
 
-from mvdiff import build
+from common.guard import StepGuard
+from mvdiff import build, loss, optim, train, validation
 from mvdiff.model import unet_arguments
 from mvdiff.unet import UNet
 from mvdiff.weights import read_json, read_state, write_part
@@ -22,7 +23,7 @@ SMALL = {
     "validate_every": 1000, "vis_every": 1000, "validation_steps_ddim": 2, "validation_guidance_scales": "[2.0]",
     "validation_sanity_check": False,
 }  # fmt: skip
-SAMPLER = ["--resolution", 32, "--steps", 2]
+SAMPLER = ["--steps", 2]
 
 
 def options(values: dict) -> list[str]:
@@ -57,6 +58,85 @@ def test_stopped_and_resumed_run_is_bit_identical(renders, tmp_path, straight):
     assert any(not torch.equal(shadow, model[name]) for name, shadow in ema.items())  # averages, not copies
     exported = read_state(tmp_path / "pipeline", "unet")
     assert all(torch.equal(exported[name], shadow) for name, shadow in ema.items())
+
+
+# ---- the training step, in this process ------------------------------------------------------------------------------
+
+
+def parsed(**changes):
+    """The configuration of tiny.yaml with two views of 32 x 32 pixels."""
+    return build.parse(["--config", str(ROOT / "mvdiff/configs/tiny.yaml"), *options({"resolution": 32, "num_views": 2, **changes})], "")
+
+
+def encoded(frozen, objects: int = 2) -> dict[str, torch.Tensor]:
+    """A batch of random frozen work, as the cache gives it."""
+    g, latent = torch.Generator().manual_seed(0), (frozen.latent_channels, 4, 4)
+    shapes = {"mean": (2, 2, *latent), "std": (2, 2, *latent), "condition_mean": latent, "condition_std": latent, "angles": (2, 3)}
+    shapes["embedding"] = (frozen.clip.projection_dim,)
+    batch = {key: torch.randn(objects, *shape, generator=g) for key, shape in shapes.items()}
+    return batch | {"is_normal": torch.tensor([[1, 0]] * objects), "position": torch.arange(objects)}
+
+
+def test_noise_and_weights_of_the_loss():
+    """The target is the noise with its offset and without the perturbation of the input; snr_rule decides on the weights."""
+    cfg = parsed(prediction_type="epsilon", noise_offset=0.1, input_perturbation=0.5, use_classifier_free_guidance=False)
+    frozen = build.load_frozen_of(cfg)
+    work = train.encode(frozen, encoded(frozen), cfg, {"camera_flags": True})
+    draws = train.draw(work, train.make_generators(1, torch.arange(2), torch.device("cpu")), cfg, 1000)
+    noise = draws["noise"] + 0.1 * draws["offset"]
+    latents = (work["mean"] + work["std"] * draws["target"]) * frozen.vae.scaling_factor
+
+    def perfect(x, *_):
+        seen = x[:, : frozen.latent_channels]
+        torch.testing.assert_close(seen, frozen.diffusion.add_noise(latents, noise + 0.5 * draws["perturbation"], draws["t"]))
+        return noise
+
+    assert train.denoise(perfect, frozen, work, draws, cfg, None)[0] == 0
+    values = {}
+    for rule in ("seed", "paper", "wonder3d"):
+        cfg = parsed(snr_rule=rule, use_classifier_free_guidance=False)
+        frozen = build.load_frozen_of(cfg)
+        blind = lambda x, *_: torch.zeros_like(noise)
+        values[rule], rows = train.denoise(blind, frozen, work, {**draws, "t": torch.arange(100, 900, 100)}, cfg, None)
+        weights = loss.snr_weights(frozen.diffusion.snr(torch.arange(100, 900, 100)), 5.0, "v_prediction", rule)
+        torch.testing.assert_close(values[rule], (weights * rows).mean())
+    assert len({round(value.item(), 4) for value in values.values()}) == 3
+
+
+def test_rates_and_averages_of_the_first_steps():
+    """The first update has rate 0 and copies the weights; the averages follow by (1 + n) / (10 + n)."""
+    cfg = parsed(lr_scheduler="constant_with_warmup", lr_warmup_steps=2, camera_embedding_lr_mult=10)
+    frozen = build.load_frozen_of(cfg)
+    torch.manual_seed(0)
+    network, _ = train.build_model(cfg, frozen, None, print)
+    trained = optim.select_trainable(network)
+    optimizer, scaler = train.build_optimizer(trained, cfg), torch.amp.GradScaler("cpu", enabled=False)
+    shadows = [torch.zeros_like(p) for p in trained.values()]
+    averages, guard = [s.clone() for s in shadows], StepGuard(network)
+    for step, (decay, factor) in enumerate([(0, 0), (2 / 11, 0.5), (3 / 12, 1), (4 / 13, 1)]):
+        before = [p.detach().clone() for p in trained.values()]
+        given = (trained, shadows, [encoded(frozen)], frozen, optimizer, scaler, guard, cfg, {"camera_flags": True}, None, step, 4)
+        out = train.train_step(network, *given)
+        assert out["lr"] == [factor * cfg.learning_rate, factor * cfg.learning_rate * 10]
+        assert out["ema_decay"] == pytest.approx(decay)
+        assert any(not torch.equal(a, b) for a, b in zip(before, trained.values())) == (step > 0)
+        averages = [decay * a + (1 - decay) * p.detach() for a, p in zip(averages, trained.values())]
+        torch.testing.assert_close(shadows, averages, atol=1e-6, rtol=1e-4)
+
+
+def test_sampling_a_long_folder_of_pictures_marks_progress(monkeypatch):
+    """The watch ends a process that makes no mark for `timeout` seconds."""
+    marks = []
+    monkeypatch.setattr(validation.dist, "at", lambda step, phase: marks.append((step, phase)))
+    monkeypatch.setattr(validation, "generate", lambda *_: torch.zeros(1, 2, 2, 3, 32, 32))
+    cfg = parsed(validation_guidance_scales="[1.0, 2.0]")
+    frozen, pictures = build.load_frozen_of(cfg), [("owl", np.zeros((3, 32, 32), np.float32))] * 3
+    log = type("Log", (), {"image": lambda *_: None})
+    validation.draw_inputs(None, frozen, pictures, cfg, {"camera_flags": True}, torch.device("cpu"), None, log, 7)
+    assert marks == [(7, "sample")] * 6
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 def test_two_ranks_make_the_batch_of_one(renders, tmp_path, straight):
@@ -120,10 +200,11 @@ def test_two_stages_tensorboard_evaluation_and_inference(renders, tmp_path):
     shutil.copy(renders / "000" / "00001" / "rgb_000_front.png", inputs / "owl.png")
     one, two = tmp_path / "one", tmp_path / "two"
     output = run(*small(renders, one, "image", init=tmp_path / "variation", **shared))
-    assert "1 tensors of input channels are new, 4 tensors of camera embedding are new" in output
+    assert "1 tensors of input channels are new (conv_in.weight), 4 tensors of camera embedding are new (class_embedding." in output
     assert "4 views x 1 domains x 2 objects = 8 rows" in output
     # the second stage validates, draws every picture of a folder, and trains the cross-domain layers only
-    changes = {"init": one / "pipeline", "validate_every": 2, "vis_every": 2, "validation_dir": inputs}
+    changes = {"init": one / "pipeline", "validate_every": 2, "vis_every": "null", "validation_dir": inputs}
+    changes |= {"scale_input_latents": False, "clip_resize": "tensor_noaa", "normals_clamp": True}  # other than the default's
     output = run(*small(renders, two, "joint", **{**shared, **changes}), ranks=2)
     assert "tensors of cross-domain layers are new" in output and "val, guidance 2: psnr" in output
     before, after = read_state(one / "pipeline", "unet"), read_state(two / "pipeline", "unet")
@@ -157,16 +238,28 @@ def test_two_stages_tensorboard_evaluation_and_inference(renders, tmp_path):
         for key, value in result["mean"].items():
             assert abs(value - scores[1][name]["mean"][key]) < 1e-3 * max(1, abs(value)), (name, key)
     assert (tmp_path / "guidance_2.png").exists()
+    # training's own figures of the objects left out are those of eval.py, which knows the network by its config alone
+    what = ["--weights", two / "pipeline", "--data", renders, "--guidance", 2, "--num_validation_samples", 2, *SAMPLER]
+    run("mvdiff/eval.py", *what, "--json", tmp_path / "made" / "val.json", "--tb", tmp_path / "board")
+    for key, value in json.loads((tmp_path / "made" / "val.json").read_text())["guidance 2"]["mean"].items():
+        assert abs(value - metrics(two)[2][f"val_cfg2.0/{key}"]) < 1e-3 * max(1, abs(value)), key
+    assert "evaluation/text_summary" in EventAccumulator(str(tmp_path / "board")).Reload().Tags()["tensors"]
 
     checkpointed, what = two / "checkpoint" / "00000002.pt", ["mvdiff/infer.py", "--weights", two / "pipeline", *SAMPLER]
+    shutil.copy(inputs / "owl.png", tmp_path / "owl.png")
+    Image.open(inputs / "owl.png").save(inputs / "owl.webp", lossless=True)
     run(*what, "--unet", checkpointed, "--image", inputs, "--out", tmp_path / "a")
-    run(*what, "--image", inputs / "owl.png", "--out", tmp_path / "b")
-    made = sorted(path.name for path in (tmp_path / "a" / "owl").iterdir())
+    run(*what, "--image", tmp_path / "owl.png", "--out", tmp_path / "b", "--quantise", "--published_folders")
+    made = sorted(path.name for path in (tmp_path / "a" / "owl.png").iterdir())
     assert len(made) == 9 and "grid.png" in made and "normals_000_back.png" in made
-    assert Image.open(tmp_path / "a" / "owl" / "rgb_000_left.png").mode == "RGBA"
-    for name in made:  # the checkpoint's moving average is what the pipeline folder holds
-        a, b = (np.array(Image.open(tmp_path / folder / "owl" / name)) for folder in "ab")
-        assert np.array_equal(a, b)
+    assert len(list((tmp_path / "a" / "owl.webp").iterdir())) == 9
+    published = tmp_path / "b" / "cropsize-24-cfg3.0" / "owl"
+    for name, plain, cut in (("rgb_000_left.png", ".", "masked_colors"), ("normals_000_left.png", "normals", ".")):
+        ours, plain, cut = (Image.open(path / name) for path in (tmp_path / "a" / "owl.png", published / plain, published / cut))
+        assert (ours.mode, plain.mode, cut.mode) == ("RGBA", "RGB", "RGBA") and ours.size == (32, 32)
+        # the checkpoint's moving average is what the pipeline folder holds; the input was rounded down to 8 bits
+        assert np.abs(np.asarray(ours.convert("RGB"), int) - np.asarray(plain)).max() < 30
+        assert np.array_equal(np.asarray(cut)[..., :3], np.asarray(plain))
 
 
 def test_users_document_in_debug_mode(tmp_path):
@@ -243,6 +336,16 @@ WRONG = [
     (["--checkpoint", "77"], "00000077.pt is missing"),
     (["--validation_dir", "mvdiff/tiny/vae"], "mvdiff/tiny/vae: no .jpg"),
 ]
+UNREADABLE = [  # of eval.py, with the folder of a run in place of RUN
+    (["--condition_view", "left", "--weights", "RUN/pipeline"], "condition_view 'left' is none of the 4 views"),
+    (["--resolution", 36], "resolution 36 is no multiple of 8"),
+    (["--steps", 1001], "1001 sampling steps"),
+    (["--domain", "color"], "--domain color: the network has cross-domain attention"),
+    (["--unet", "RUN/checkpoint/latest.pt"], "latest.pt: no UNet in it"),
+    (["--unet", "RUN/checkpoint/00000004_optimizer.pt"], "00000004_optimizer.pt: no UNet in it"),
+    (["--unet", "RUN/short.pt"], "short.pt: unreadable checkpoint"),
+    (["--out", "RUN/config.yaml/x.csv"], "config.yaml"),
+]
 
 
 @pytest.mark.parametrize("arguments, message", WRONG, ids=[a[0][2:] for a, _ in WRONG])
@@ -260,6 +363,18 @@ def test_wrong_options_are_named(capsys):
         (["--timestep_sharing", "view"], "must be one of group, row, object"),
         (["--unet_from_pretrained_kwargs.cd_attention_mid=true"], "needs pred_type joint"),
         (["--unet_from_pretrained_kwargs.zero_init_camera_projection=true"], "leave it false"),
+        (["--camera_embedding_type", "plucker"], "only e_de_da_sincos"),
+        (["--unet_from_pretrained_kwargs.num_views=4"], "num_views is 6"),
+        (["--snr_rule", "mine"], "must be one of seed, paper, wonder3d"),
+        (["--lr_scheduler", "cos"], "must be one of constant"),
+        (["--bg_color", "7"], "bg_color '7': known are white"),
+        (["--bg_color", "mauve"], "bg_color 'mauve'"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps 0 must be a number of at least 1"),
+        (["--max_train_samples", "0"], "max_train_samples 0"),
+        (["--vae_chunk", "-1"], "vae_chunk -1"),
+        (["--num_validation_samples", "-1"], "num_validation_samples -1"),
+        (["--vis_every", "often"], "vis_every 'often'"),
+        (["--ema_decay", "2"], "ema_decay 2.0 must be between 0 and 1"),
     ):
         with pytest.raises(SystemExit) as stopped:
             build.parse(arguments, "")

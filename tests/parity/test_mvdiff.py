@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from golden import close
 from PIL import Image
 
-from mvdiff import camera, clip, dataset, loss, metrics, model, optim, pictures, unet, vae
+from mvdiff import build, camera, clip, dataset, loss, metrics, model, optim, pictures, train, unet, vae
 from mvdiff.diffusion import Diffusion, make_betas, zero_terminal_snr
 from mvdiff.layers import Downsample, ResnetBlock, Upsample
 from mvdiff.weights import read_safetensors, write_safetensors
@@ -496,7 +496,7 @@ def check_seed_dataset(case, arrays):
 def check_validation_grid(case, arrays):
     given, per_row = tensors(case, arrays), case["config"]["nrow"]
     truth = pictures.grid(torch.cat([given["normals"], given["colors"]]), per_row)
-    got = {"joint_pred_grid_upstream": pictures.grid(pictures.interleave(given["normals"], given["colors"]), per_row)}
+    got = {"joint_pred_grid_upstream": pictures.grid(torch.stack([given["normals"], given["colors"]], 1).flatten(0, 1), per_row)}
     got |= {"gt_grid_upstream": truth, "save_image_uint8_of_gt_grid": pictures.round_uint8(truth).permute(1, 2, 0)}
     for entry in case["expected"]:
         close(got[entry], arrays[entry], atol=0 if "uint8" in entry else 1e-6, what=entry)
@@ -580,13 +580,30 @@ def check_pipeline(case, arrays):
             close(((decoded == 0) | (decoded == 1)).double().mean(), value, atol=1e-3, what=entry)
 
 
+def denoised(network, autoencoder, case, work: dict, draws: dict, cameras, **options) -> dict:
+    """The program's own training step up to the loss, on a case's draws: its loss, and what the network was given and gave."""
+    got, options = {}, {"num_views": network.num_views, **options}
+    cfg = build.parse([f"--{key}={'null' if value is None else value}" for key, value in options.items()], "")
+    scheduler = {**case["config"].get("scheduler", {}), "prediction_type": cfg.prediction_type}
+    schedule = Diffusion(**model.diffusion_arguments(scheduler))
+
+    def net(x, t, context, camera):
+        got.update(noisy=x[:, :4], cond_latents=x[:, 4:], image_embeddings=context, embed10=camera)
+        got["pred"] = network(x, t, context, camera)
+        return got["pred"]
+
+    frozen = build.Frozen(autoencoder, None, schedule, {})
+    got["loss"], got["rows"] = train.denoise(net, frozen, {**work, "camera": cameras}, draws, cfg, None)
+    latents = (work["mean"] + work["std"] * draws["target"]) * autoencoder.scaling_factor
+    return {**got, "target_latents": latents, "schedule": schedule}
+
+
 def check_train_step(case, arrays):
     c, given, want = case["config"], tensors(case, arrays), case["expected"]
     autoencoder, encoder = build_frozen(case)
     objects, views = given["colors_out"].shape[:2]
     antialias = "antialias False" not in c["clip_resize"]
     pixels = clip.preprocess_tensor(given["cond_image"], encoder.image_size, antialias)
-    latent, embedding = model.encode_condition(autoencoder, encoder, given["cond_image"] * 2 - 1, pixels)
     unit = loss.DROP_UNITS[c["drop_type"]]
     modes = [mode for mode in ("joint", "mix") if f"unet_{mode}" in c]
     assert {entry.split("_")[0] for entry in want} == set(modes)
@@ -602,22 +619,20 @@ def check_train_step(case, arrays):
         n = domains * objects * views
         angles = given["camera_embeddings"][:, None].expand(-1, domains, -1, -1)
         cameras = model.target_rows(camera.camera_vector(angles, flags[:, :, None].expand(-1, -1, views)))
-        latents = model.encode_targets(autoencoder, model.target_rows(targets) * 2 - 1, given["vae_noise"][:n], chunk=4)
-        t = loss.spread(given["timesteps_per_group"][: domains * objects], "group", domains, objects, views)
-        u = given["random_p"][: loss.unit_count(unit, domains, objects, views)]
-        keep = [loss.spread(k, unit, domains, objects, views) for k in loss.keep_conditions(u, c["drop_rate"])]
-        schedule = Diffusion(**model.diffusion_arguments({**c.get("scheduler", {}), "prediction_type": c["prediction"]}))
-        x = schedule.add_noise(latents, given["noise"][:n], t)
-        prediction = model.predict(network, x, t, latent, embedding, cameras, views, *keep)
-        value, _ = loss.denoising_loss(prediction, latents, given["noise"][:n], t, schedule, c["snr_gamma"])
-        value.backward()
+        work = model.frozen_work(autoencoder, encoder, model.target_rows(targets) * 2 - 1, given["cond_image"] * 2 - 1, pixels, chunk=4)
+        draws = {"target": given["vae_noise"][:n], "noise": given["noise"][:n]}
+        draws["t"] = loss.spread(given["timesteps_per_group"][: domains * objects], "group", domains, objects, views)
+        draws["drop"] = given["random_p"][: loss.unit_count(unit, domains, objects, views)]
+        options = {"snr_gamma": c["snr_gamma"], "drop_type": c["drop_type"], "condition_drop_rate": c["drop_rate"]}
+        options["prediction_type"] = c["prediction"]
+        got = denoised(network, autoencoder, case, {**work, "is_normal": flags}, draws, cameras, **options)
+        got["loss"].backward()
+        noise, t, schedule = draws["noise"], draws["t"], got["schedule"]
+        close(got["noisy"], schedule.add_noise(got["target_latents"], noise, t), atol=1e-5, what="noisy latents")
         norms = {k: v for k, v in gradient_norms(network).items() if k in trained}
         zero = [k for k, v in norms.items() if v < 1e-6]
-        dropped = [model.to_rows(latent, domains, views) * keep[0][:, None, None, None]]
-        dropped += [(model.to_rows(embedding, domains, views) * keep[1][:, None])[:, None]]
-        got = {"loss": value, "pred": prediction, "embed10": cameras, "target_latents": latents}
-        got |= {"cond_latents_masked": dropped[0][::views], "image_embeddings": dropped[1][::views]}
-        got["loss_no_snr"] = loss.denoising_loss(prediction, latents, given["noise"][:n], t, schedule)[0]
+        got |= {"cond_latents_masked": got["cond_latents"][::views], "image_embeddings": got["image_embeddings"][::views]}
+        got["loss_no_snr"] = loss.denoising_loss(got["pred"], got["target_latents"], noise, t, schedule)[0]
         counts = {"num_trainable_tensors": len(trained), "num_trainable": sum(p.numel() for p in trained.values())}
         counts["zero_grad_count"] = len(zero)
         for entry in (e for e in want if e.startswith(f"{mode}_")):
@@ -637,30 +652,26 @@ def check_train_step(case, arrays):
 def check_seed_train_step(case, arrays):
     c, given, want = case["config"], tensors(case, arrays), case["expected"]
     network, (autoencoder, encoder) = build_unet(c["unet"], case["state_dict"]["unet"]), build_frozen(case)
-    objects, views, noise = c["B"], c["num_views"], given["noise"]
     targets = model.target_rows(torch.stack([given["image_target_vae"], given["normal_target_vae"]], dim=1))
     cameras = model.target_rows(torch.stack([given["camera_embed_image"], given["camera_embed_normal"]], dim=1))
-    latents = model.encode_targets(autoencoder, targets, given["vae_noise_target"])
-    condition = (given["image_cond_vae"], given["image_cond_CLIP"], given["vae_noise_cond"])
-    latent, embedding = model.encode_condition(autoencoder, encoder, *condition)
-    noise = loss.offset_noise(noise, c["noise_offset"], given["offset_noise"])
-    keep = loss.keep_conditions(given["drop_rand"], c["p_uncond"], "both")
-    assert [i for i, kept in enumerate(keep[0].tolist()) if not kept] == want["dropped_rows"]
-    make = lambda **changes: Diffusion(**model.diffusion_arguments({**c.get("scheduler", {}), **changes}))
-    t, schedule = given["timesteps"], make()
-    x = schedule.add_noise(latents, loss.perturb_input(noise, c["input_perturbation"], given["perturb_noise"]), t)
-    prediction = model.predict(network, x, t, latent, embedding, cameras, views, *keep)
-    domains = len(targets) // (objects * views)
-    rows = model.to_rows(embedding, domains, views) * keep[1][:, None]
-    close(rows, arrays["image_embeddings"], atol=1e-4, what="embeddings")
-    rows = model.to_rows(latent, domains, views) * keep[0][:, None, None, None]
-    close(rows[: len(arrays["cond_latents"])], arrays["cond_latents"], atol=1e-4, what="condition latents")
-    close(prediction, arrays["pred"], atol=1e-4, what="prediction")
+    work = model.frozen_work(autoencoder, encoder, targets, given["image_cond_vae"], given["image_cond_CLIP"])
+    work["is_normal"] = torch.tensor([[0, 1]] * c["B"])
+    names = {"target": "vae_noise_target", "condition": "vae_noise_cond", "noise": "noise", "offset": "offset_noise"}
+    names |= {"t": "timesteps", "drop": "drop_rand", "perturbation": "perturb_noise"}
+    draws = {name: given[key] for name, key in names.items()}
+    options = {"noise_offset": c["noise_offset"], "input_perturbation": c["input_perturbation"], "cond_latent": "sample"}
+    options |= {"condition_drop_rate": c["p_uncond"], "drop_rule": "both", "drop_type": "drop_independent"}
     for entry in [e for e in want if e.startswith("loss_")]:
         kind, gamma = re.fullmatch(r"loss_(\w+)_gamma(None|[\d.]+)", entry).groups()
-        schedule = make(prediction_type=kind)
         gamma = None if gamma == "None" else float(gamma)
-        close(loss.denoising_loss(prediction, latents, noise, t, schedule, gamma)[0], want[entry], atol=1e-5, what=entry)
+        got = denoised(network, autoencoder, case, work, draws, cameras, **options, prediction_type=kind, snr_gamma=gamma)
+        close(got["loss"], want[entry], atol=1e-5, what=entry)
+        dropped = [i for i, latent in enumerate(got["cond_latents"]) if not latent.any()]
+        assert dropped == want["dropped_rows"]
+        close(got["image_embeddings"][:, 0], arrays["image_embeddings"], atol=1e-4, what="embeddings")
+        first = len(arrays["cond_latents"])
+        close(got["cond_latents"][:first], arrays["cond_latents"], atol=1e-4, what="condition latents")
+        close(got["pred"], arrays["pred"], atol=1e-4, what="prediction")
 
 
 def check_init_from_sd(case, arrays):
