@@ -123,8 +123,11 @@ def test_backgrounds_are_where_the_object_is_not(root):
         assert torch.equal(corners, torch.full_like(corners, value))
     rng = np.random.default_rng(0)
     assert len({tuple(background_color("random", rng)) for _ in range(5)}) == 5
-    with pytest.raises(ValueError, match="bg_color 'mauve'"):
-        background_color("mauve")
+    for wrong in ("mauve", 7, "nan"):
+        with pytest.raises(ValueError, match=f"bg_color .?{wrong}"):
+            background_color(wrong)
+    with pytest.raises(ValueError, match="bg_color random: give one colour"):
+        background_color("random")
 
 
 def test_options_that_mend_normals(root):
@@ -201,6 +204,9 @@ def test_object_lists(root, tmp_path):
         list_objects(root, names)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         list_objects(tmp_path / "nowhere")
+    (root / ".cache" / ".thing").mkdir(parents=True)  # hidden: no objects
+    assert list_objects(root) == ["aaa0", "bbb1", "ccc2", "ddd3", "eee4"]
+    shutil.rmtree(root / ".cache")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no objects found"):
         list_objects(tmp_path / "empty")
@@ -233,8 +239,12 @@ def test_bad_files_are_named(root, tmp_path):
         data.load(0, np.random.default_rng(0))
     with pytest.raises(ValueError, match="random_flip"):
         make(home, random_flip=True)
-    with pytest.raises(FileNotFoundError, match=r"no rgb_001_front.png"):
+    with pytest.raises(FileNotFoundError, match=r"no rgb_001_front.png.* of object 'aaa0' .* nor of 4 others"):
         make(home, group="001")
+    with pytest.raises(ValueError, match="condition_view 'left' is none of the 2 views: front, front_right"):
+        make(home, num_views=2, condition_view="left")
+    (folder / "rgb_000_front.png").unlink()  # the first object: the layout is found out from the next
+    assert make(home).k == 3 and "rgb_000_front.png: missing view" in dataset.check(make(home, bg_color="white"), tmp_path / "a.png")[0]
 
 
 def test_a_broken_object_is_replaced_and_counted(root, tmp_path):
@@ -261,6 +271,17 @@ def test_packed_objects_give_the_same_samples(root, tmp_path):
         assert a["name"] == b["name"] and all(np.array_equal(a[k], b[k]) for k in a)
     with pytest.raises(ValueError, match="was packed with"):
         make(tmp_path / "packed", resolution=2 * RES)
+    file = tmp_path / "packed" / "bbb1.npy"
+    good = file.read_bytes()
+    file.write_bytes(good[:-1])
+    with pytest.raises(ValueError, match=r"bbb1.npy: unreadable, pack it again"):
+        packed.reader("bbb1", 0)
+    np.save(file, np.load(tmp_path / "packed" / "aaa0.npy").astype(np.float32))
+    with pytest.raises(ValueError, match=r"bbb1.npy: float32 .* instead of uint8 .*: pack it again"):
+        packed.reader("bbb1", 0)
+    (tmp_path / "packed" / "pack.json").write_text("{")
+    with pytest.raises(ValueError, match=r"pack.json: not valid JSON"):
+        make(tmp_path / "packed")
 
 
 def test_crops_take_one_window_per_object(tmp_path):

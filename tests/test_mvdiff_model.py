@@ -85,6 +85,15 @@ def test_norms_are_fp32_inside_for_16_bit_input():
     torch.manual_seed(0)
     group, layer = torch.nn.GroupNorm(4, 16), torch.nn.LayerNorm(16)
     x = (100 + torch.randn(2, 16, 8, 8)).bfloat16()  # statistics in 16 bits would lose the deviation
+    torch.nn.init.uniform_(layer.weight, 1, 1.004)  # 16 bits would make it 1
+    linear = torch.nn.Linear(16, 16, bias=False)
+    torch.nn.init.eye_(linear.weight)
+    y = torch.randn(64, 16).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        (out,) = layers.norm_linear(y, layer, linear)
+    out.float().sum().backward()
+    torch.testing.assert_close(out, layer(y.float()).bfloat16(), atol=0, rtol=0)  # rounded once, at the end
+    assert layer.weight.grad.dtype == torch.float32 and y.grad.dtype == torch.bfloat16
     for got, want in (
         (layers.group_norm(x, group), group(x.float())),
         (layers.layer_norm(x.movedim(1, -1), layer), layer(x.movedim(1, -1).float())),

@@ -12,7 +12,7 @@ from PIL import Image
 from runs import ROOT, checkpoint, difference, generated, metrics, run, run_until_sigterm, same_end
 
 from common.guard import StepGuard
-from mvdiff import build, loss, optim, train, validation
+from mvdiff import build, dataset, eval as evaluation, infer, loss, optim, train, validation
 from mvdiff.model import unet_arguments
 from mvdiff.unet import UNet
 from mvdiff.weights import read_json, read_state, write_part
@@ -271,16 +271,17 @@ def test_users_document_in_debug_mode(tmp_path):
         "checkpointing_steps": 150, "checkpoints_total_limit": 5, "p_uncond": 0.1, "input_pertubation": 0.1, "noise_offset": 0.05,
         "report_to": "wandb", "enable_xformers_memory_efficient_attention": True, "center_crop": True, "resume_from_checkpoint": None,
         "validation_steps": 100, "validation_guidance_scale": 1.0, "adam_beta1": 0.9, "seed": 42,
+        "vis_dir": "vis", "hub_token": "x", "pipe_kwargs": {"num_views": 2}, "pipe_validation_kwargs": {"eta": 1.0},
     }  # fmt: skip
     import yaml
 
     base = yaml.safe_load((ROOT / "mvdiff" / "configs" / "variation.yaml").read_text())
     renamed = {build.ALIASES.get(key, key) for key in keys}  # given under their own names
     (tmp_path / "user.yaml").write_text(yaml.safe_dump({k: v for k, v in base.items() if k not in renamed} | keys))
-    more = ["log_every=1", "snr_gamma=5.0", "prediction_type=v_prediction"]
+    more = ["log_every=1", "snr_gamma=5.0", "prediction_type=v_prediction", "--debug_distributed", "--latent_cache_dir", "nowhere"]
     output = run("mvdiff/train.py", "--config_path", tmp_path / "user.yaml", *more)
-    assert "300 objects" in output and "2 views x 2 domains x 2 objects = 8 rows" in output and "without EMA" in output
-    assert "without effect here: report_to, enable_xformers" in output
+    assert "300 objects" in output and "2 views x 2 domains x 2 objects = 8 rows" in output and "without EMA, live encoders" in output
+    assert "without effect here: report_to, enable_xformers_memory_efficient_attention, hub_token, vis_dir, pipe_kwargs" in output
     assert sorted(metrics(tmp_path / "run")) == [1, 2, 3, 4, 5]
     assert not (tmp_path / "run" / "checkpoint" / "00000005_ema.pt").exists()
     assert read_json(tmp_path / "run" / "pipeline" / "scheduler" / "scheduler_config.json")["prediction_type"] == "v_prediction"
@@ -337,7 +338,7 @@ WRONG = [
     (["--validation_dir", "mvdiff/tiny/vae"], "mvdiff/tiny/vae: no .jpg"),
 ]
 UNREADABLE = [  # of eval.py, with the folder of a run in place of RUN
-    (["--condition_view", "left", "--weights", "RUN/pipeline"], "condition_view 'left' is none of the 4 views"),
+    (["--condition_view", "front_left"], "condition_view 'front_left' is none of the 4 views"),
     (["--resolution", 36], "resolution 36 is no multiple of 8"),
     (["--steps", 1001], "1001 sampling steps"),
     (["--domain", "color"], "--domain color: the network has cross-domain attention"),
@@ -379,6 +380,42 @@ def test_wrong_options_are_named(capsys):
         with pytest.raises(SystemExit) as stopped:
             build.parse(arguments, "")
         assert message in f"{stopped.value} {capsys.readouterr().err}", arguments
+
+
+@pytest.mark.parametrize("arguments, message", UNREADABLE, ids=[str(a[-1]).split("/")[-1] for a, _ in UNREADABLE])
+def test_evaluation_that_cannot_be_is_named_before_sampling(renders, straight, tmp_path, monkeypatch, arguments, message):
+    run_folder = tmp_path / "run"
+    shutil.copytree(straight, run_folder)
+    (run_folder / "short.pt").write_bytes((run_folder / "checkpoint" / "00000004.pt").read_bytes()[:1000])
+    given = ["--weights", "RUN/pipeline", "--data", renders, *arguments]
+    monkeypatch.setattr("sys.argv", ["eval.py", *(str(word).replace("RUN", str(run_folder)) for word in given)])
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("sampled"))
+    with pytest.raises(SystemExit, match=message):
+        evaluation.main()
+
+
+def test_numbers_below_one_are_refused(capsys, monkeypatch):
+    for script, name, arguments in ((evaluation, "eval.py", ["--limit", "0"]), (infer, "infer.py", ["--batch", "0"])):
+        monkeypatch.setattr("sys.argv", [name, *arguments])
+        with pytest.raises(SystemExit):
+            script.main()
+        assert "0: must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        dataset.main(["--check", "nowhere", "--resolution", "0"])
+    with pytest.raises(SystemExit):
+        dataset.main(["--check", "nowhere", "--out", "check.xyz"])
+    assert "must end in .png" in capsys.readouterr().err
+    assert dataset.main(["--cache", "nowhere", "--debug"]) == 1 and "nothing can be stored" in capsys.readouterr().err
+
+
+def test_evaluation_of_no_object_is_an_error(renders, straight, tmp_path, monkeypatch):
+    shutil.copytree(renders, tmp_path / "data")
+    for path in tmp_path.glob("data/000/*/normals_*.png"):
+        path.write_bytes(b"")
+    given = ["--weights", straight / "pipeline", "--data", tmp_path / "data", *SAMPLER]
+    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, given)])
+    with pytest.raises(SystemExit, match="not one of 5 objects could be read"):
+        evaluation.main()
 
 
 def test_another_networks_checkpoint_is_refused(renders, tmp_path, straight):
