@@ -83,6 +83,7 @@ def test_noise_and_weights_of_the_loss():
     frozen = build.load_frozen_of(cfg)
     work = train.encode(frozen, encoded(frozen), cfg, {"camera_flags": True})
     draws = train.draw(work, train.make_generators(1, torch.arange(2), torch.device("cpu")), cfg, 1000)
+    assert "drop" not in draws
     noise = draws["noise"] + 0.1 * draws["offset"]
     latents = (work["mean"] + work["std"] * draws["target"]) * frozen.vae.scaling_factor
 
@@ -93,6 +94,8 @@ def test_noise_and_weights_of_the_loss():
 
     assert train.denoise(perfect, frozen, work, draws, cfg, None)[0] == 0
     values = {}
+    drop = train.draw(work, train.make_generators(1, torch.arange(2), torch.device("cpu")), parsed(), 1000)["drop"]
+    assert drop.shape == (2,) and 0 < drop.min() < drop.max() < 1  # a uniform number per object
     for rule in ("seed", "paper", "wonder3d"):
         cfg = parsed(snr_rule=rule, use_classifier_free_guidance=False)
         frozen = build.load_frozen_of(cfg)
