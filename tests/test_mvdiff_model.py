@@ -12,6 +12,7 @@ from mvdiff import build, layers, loss, metrics, model, optim, unet, weights
 from mvdiff.camera import camera_angles, camera_vector
 from mvdiff.clip import CLIPVision
 from mvdiff.diffusion import Diffusion
+from mvdiff.eval import object_metrics
 from mvdiff.vae import AutoencoderKL
 
 VIEWS = 2
@@ -555,6 +556,9 @@ def test_metrics_of_known_pictures():
     picture[:, :, 30, 30] = 0  # a speck, which the opening removes
     found = metrics.foreground(picture)
     assert found.sum() == 8 * 16 and found[0, 8:16, 8:24].all()
+    alpha = torch.stack([found[0], found[0] & False])  # the second view shows nothing
+    values = object_metrics(picture.expand(1, 2, 3, 32, 32), picture.expand(1, 2, 3, 32, 32), alpha, ["normal"], 0)
+    assert (values["empty_masks"], values["normal_deg"], values["within_22.5"]) == (1, pytest.approx(0, abs=1e-3), 1)
     half = found.clone()
     half[:, 8:12] = False
     assert metrics.foreground_iou(found, half).item() == 0.5

@@ -205,6 +205,7 @@ def test_two_stages_tensorboard_evaluation_and_inference(renders, tmp_path):
     output = run(*small(renders, one, "image", init=tmp_path / "variation", **shared))
     assert "1 tensors of input channels are new (conv_in.weight), 4 tensors of camera embedding are new (class_embedding." in output
     assert "4 views x 1 domains x 2 objects = 8 rows" in output
+    assert metrics(one)[2]["train/lr_camera_embedding"] == 10 * metrics(one)[2]["train/lr"] > 0
     # the second stage validates, draws every picture of a folder, and trains the cross-domain layers only
     changes = {"init": one / "pipeline", "validate_every": 2, "vis_every": "null", "validation_dir": inputs}
     changes |= {"scale_input_latents": False, "clip_resize": "tensor_noaa", "normals_clamp": True}  # other than the default's
@@ -294,7 +295,9 @@ def test_copied_out_folder_trains(renders, tmp_path):
     """mvdiff/ and common/ side by side are enough."""
     for name in ("mvdiff", "common"):
         shutil.copytree(ROOT / name, tmp_path / "elsewhere" / name)
-    run(*small(renders, tmp_path / "run", max_steps=1), cwd=tmp_path / "elsewhere", PYTHONPATH="")
+    never = {"log_every": 0, "save_every": 0, "validate_every": 0, "max_train_steps": "null", "num_train_epochs": 1}
+    output = run(*small(renders, tmp_path / "run", max_steps=1, **never), cwd=tmp_path / "elsewhere", PYTHONPATH="")
+    assert "2 objects a step, steps 0..1 of 3" in output  # five objects: the last step of an epoch counts
     assert (tmp_path / "run" / "checkpoint" / "00000001.pt").exists()
 
 
