@@ -167,15 +167,15 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def read_checkpoint(path: Path, key: str) -> dict:
-    """A checkpoint's file that holds `key`. FileNotFoundError, or ValueError with the remedy."""
+def read_checkpoint(path: Path, *keys: str) -> dict:
+    """A checkpoint's file that holds these keys. FileNotFoundError, or ValueError with the remedy."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged file raises anything
         raise ValueError(f"{path}: unreadable checkpoint: {type(error).__name__}: {str(error)[:200]}") from None
-    if not isinstance(state, dict) or key not in state:
+    if not isinstance(state, dict) or set(keys) - state.keys():
         raise ValueError(f"{path}: no UNet in it: give a folder, or checkpoint/{{step}}.pt of a run")
     return state
 
@@ -188,7 +188,7 @@ def load_generator(weights: str, unet: str | None = None, variant: str | None = 
         network, config = load_unet(unet or weights, variant=variant, say=say)
         return network.eval().requires_grad_(False), config, frozen
     path = Path(unet)
-    state = read_checkpoint(path, "model")
+    state = read_checkpoint(path, "model", "config", "step")
     average = path.with_name(f"{path.stem}_ema.pt")
     if average.exists():
         state["model"] |= read_checkpoint(average, "shadows")["shadows"]

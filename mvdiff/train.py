@@ -266,9 +266,9 @@ def describe(cfg, objects: int, unet: UNet, trained: dict, dtype, device, step: 
     )
 
 
-def due(step: int, every: int) -> bool:
-    """Whether what is done every so many steps is done after this one; 0: never."""
-    return every > 0 and step % every == 0
+def due(step: int, every: int | None) -> bool:
+    """Whether what is done every so many steps is done after this one; 0 or null: never."""
+    return bool(every) and step % every == 0
 
 
 def main() -> None:
