@@ -120,6 +120,11 @@ class Logger:
             self.board.close()
 
 
+def due(step: int, every: int | None) -> bool:
+    """Whether what happens every so many steps happens after this one; 0 or None: never."""
+    return bool(every) and step % every == 0
+
+
 class Averages:
     """Means of what a run logs: over the steps since the last log line, their entries and the ranks. Sums stay on the device."""
 

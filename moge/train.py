@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import config, data, dist
 from common.checkpoint import Checkpoints, apply_optimizer
 from common.guard import StepGuard
-from common.log import Averages, Logger, Progress
+from common.log import Averages, Logger, Progress, due
 from moge import dinov2, optimization
 from moge.dataset import MoGeDataset, batch_keys, batch_size, unpack
 from moge.draw import draw_samples, draw_truth
@@ -125,7 +125,7 @@ def train_step(
         for name, value in terms.items():
             logs.setdefault(f"loss/{name}", []).append(value)
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], cfg.grad_clip)
+    grad_norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], cfg.grad_clip or math.inf)
     guard.settle()  # the flag of the step before
     rates = optimization.set_lr(optimizer, cfg.lr_scheduler, step - guard.skipped)
     images = cfg.batch_size_forward * count * dist.world_size()
@@ -164,11 +164,6 @@ def describe(cfg, dataset, model, dtype, device, step: int, last_step: int) -> s
         f"{trained / 1e6:.2f} M parameters trained on {device}, amp {str(dtype).removeprefix('torch.')}, "
         f"{'with' if cfg.enable_ema else 'without'} EMA"
     )
-
-
-def due(step: int, every: int) -> bool:
-    """True every so many steps; never for 0."""
-    return every > 0 and step % every == 0
 
 
 def main() -> None:

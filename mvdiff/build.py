@@ -47,7 +47,7 @@ REFUSED = {
 AT_LEAST = {
     "num_validation_samples": 0, "max_train_samples": 1, "vae_chunk": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1,
     "lr_warmup_steps": 0, "validation_train_samples": 0, "validation_batch_size": 1, "workers": 0, "log_every": 0, "save_every": 0,
-    "validate_every": 0, "vis_every": 0, "ema_decay": 0,
+    "validate_every": 0, "vis_every": 0, "ema_decay": 0, "max_grad_norm": 0,
 }  # fmt: skip
 DROP_TYPES = {"object": "drop_as_a_whole", "pair": "drop_joint", "row": "drop_independent"}
 

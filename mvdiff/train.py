@@ -7,6 +7,7 @@
   resume         the same command again
 """
 
+import math
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import data, dist
 from common.checkpoint import Checkpoints, apply_optimizer, apply_weights
 from common.guard import StepGuard
-from common.log import Logger, Progress
+from common.log import Logger, Progress, due
 from mvdiff import build, loss as losses, optim
 from mvdiff.build import Frozen
 from mvdiff.cache import CachedDataset, cache_key
@@ -161,7 +162,7 @@ def train_step(
         mean = mean + value.detach() / count
         tally = tally + tally_rows(rows, draws["t"], work["is_normal"], cfg.num_views, frozen.diffusion.num_train_timesteps)
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm or math.inf)
     guard.settle()  # the flag of the step before
     done = step - guard.skipped
     factor = optim.lr_factor(cfg.lr_scheduler, done, cfg.lr_warmup_steps, total_steps, optimizer.defaults["lr"])
@@ -264,11 +265,6 @@ def describe(cfg, objects: int, unet: UNet, trained: dict, dtype, device, step: 
         f"{count(trained.values())} trained, on {device}, amp {str(dtype).removeprefix('torch.')}, "
         f"{'with' if cfg.use_ema else 'without'} EMA, {'cached' if cfg.latent_cache_dir and not cfg.debug else 'live'} encoders"
     )
-
-
-def due(step: int, every: int | None) -> bool:
-    """Whether what is done every so many steps is done after this one; 0 or null: never."""
-    return bool(every) and step % every == 0
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ RULES = {  # key: its condition, and that in words
     "train.num_epoch": (count, "1 or more"),
     "train.iters_per_epoch": (count, "1 or more"),
     "train.optimizer.betas": (lambda v: v and len(v) == 2, "two numbers"),
-    "train.clip_grad": (limit, "a norm above 0, or null for none"),
+    "train.clip_grad": (limit, "a norm above 0, or 0 or null for none"),
     "train_dataset.aug_focal": (lambda v: v is not None and 0 <= v <= 1, "0 (off) to 1"),
     "train_dataset.aug_crop": (lambda v: v is not None and v >= 0, "0 (off) or more pixels"),
     "test_dataset.image_num": (lambda v: v and v >= 2, "2 views or more"),
@@ -28,7 +28,7 @@ RULES = {  # key: its condition, and that in words
     "test_dataset.iters_per_test": (limit, "1 or more, or null for all"),
     "model.conf_target": (lambda v: v in ("threshold", "exp"), "threshold or exp"),
     "log.ckpt_interval": (count, "1 or more"),
-    "log_every": (count, "1 or more"),
+    "log_every": (lambda v: v >= 0, "0 (at the end only) or more"),
     "max_steps": (limit, "1 or more, or null for all"),
 }
 

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import config, data, dist
 from common.checkpoint import Checkpoints, apply_optimizer, apply_weights
 from common.guard import StepGuard
-from common.log import Logger, Progress
+from common.log import Logger, Progress, due
 from pi3.dataset import Mixture, step_keys, unpack
 from pi3.draw import training_picture
 from pi3.eval import validate_samples
@@ -298,7 +298,7 @@ def main() -> None:
         out = train_step(net, sky, micro, optimizer, scaler, guard, cfg, dtype, step, total_steps)
         step += 1
 
-        if step % cfg.log_every == 0 or step == last_step:
+        if due(step, cfg.log_every) or step == last_step:
             if not split:
                 dist.check_drift(model.parameters(), step)
             losses = dist.all_mean({f"loss/{name}": value for name, value in out["logged"].items()})
@@ -308,10 +308,10 @@ def main() -> None:
             speed = progress.update(step, losses["loss/loss"], out["lr"], images / (step - since))  # samples here are images
             speed["time/images_per_s"], since, images = speed.pop("time/samples_per_s"), step, 0
             log.scalars(step, losses | run | speed)
-        if cfg.vis_every and step % cfg.vis_every == 0 and dist.is_main():
+        if due(step, cfg.vis_every) and dist.is_main():
             maps = [values.cpu().numpy() for values in out["first"]]
             log.image(step, "train/image_truth_depth", training_picture(micro[-1]["images"][0].numpy(), *maps))
-        if test_sets and (step % validate_every == 0 or step == last_step):
+        if test_sets and (due(step, validate_every) or step == last_step):
             scores = validate(model, sky, cfg, test_sets, device, dtype, bad_test)
             log.scalars(step, {f"val/{name}": value for name, value in scores.items()})
             names = ("loss", "auc@30", "rra@30", "rta@30", "rot_deg", "trans_deg", "point_error")
@@ -322,7 +322,7 @@ def main() -> None:
                     about = {"config": model_options(cfg.model), "step": step, "scores": scores}
                     checkpoints.save_weights("best.pt", {"model": weights, **about})
         stopping = stop.agreed()
-        if step % save_every == 0 or step == last_step or stopping:
+        if due(step, save_every) or step == last_step or stopping:
             dist.at(step, "save")
             guard.settle()
             if not split:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import config, data, dist
 from common.checkpoint import Checkpoints, apply_optimizer, apply_weights, load_weights
 from common.guard import StepGuard
-from common.log import Averages, Logger, Progress
+from common.log import Averages, Logger, Progress, due
 from stereo import recipe
 from stereo.dataset import Source, StereoDataset, make_sources
 from stereo.draw import draw_samples
@@ -231,7 +231,6 @@ def main() -> None:
     progress = Progress(last_step, step, log)
     pairs = cfg.batch_size_forward * cfg.gradient_accumulation_steps * world
     max_disparity, unread = dataset.max_disparity, set()
-    due = lambda every: step == last_step or (every and step % every == 0)
     model.train()
     while step < last_step:
         dist.at(step, "data")
@@ -247,17 +246,17 @@ def main() -> None:
             averages.add(values)
         step += 1
 
-        if due(cfg.log_every):
+        if due(step, cfg.log_every) or step == last_step:
             dist.check_drift(model.parameters(), step)
             values = averages.take()
             run = {"train/grad_norm": out["grad_norm"], "train/lr": out["lr"], "train/skipped": guard.skipped}
             run["train/bad_samples"] = bad.total()
             log.scalars(step, values | run | progress.update(step, values.get("loss/loss", math.nan), out["lr"], pairs))
-        if vis and step % cfg.vis_every == 0:
+        if vis and due(step, cfg.vis_every):
             shown = ema or model
             draw_samples(predictor(shown.eval(), device, cfg.valid_iters, dtype=dtype), vis, log, step)
             model.train()
-        if val_sets and due(cfg.validate_every):
+        if val_sets and (due(step, cfg.validate_every) or step == last_step):
             dist.at(step, "validate")
             scores, failures = validate(ema or model, val_sets, cfg, device, dtype, step)
             for reason in [reason for reason in failures if reason not in unread]:
@@ -267,7 +266,7 @@ def main() -> None:
             rates = "  ".join(f"{name} {scores[name]:.2f}" for name in ("bp1", "bp2", "bp3"))
             log.text(f"step {step}: EPE {scores['epe']:.3f}  {rates}")
         stopping = stop.agreed()
-        if due(cfg.save_every) or stopping:
+        if due(step, cfg.save_every) or step == last_step or stopping:
             dist.at(step, "save")
             guard.settle()
             dist.check_drift(model.parameters(), step)

@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import config, io, log
-from common.log import Averages, Logger, Progress
+from common.log import Averages, Logger, Progress, due
 
 
 def lines(folder) -> list[dict]:
@@ -192,6 +192,10 @@ def test_averages_leave_out_what_is_not_finite_and_go_on_after_a_stop():
     assert second.take() == {"loss": 3.0, "epe": 1.0} and second.take() == {}
     other.load([*first.state(), {"loss": [7.0, 1.0], "more": [1.0, 2.0]}], torch.device("cpu"))  # of two ranks
     assert other.take() == {"loss": 4.0, "epe": 2.0, "more": 0.5}
+
+
+def test_due_is_every_so_many_steps_or_never():
+    assert [step for step in range(1, 8) if due(step, 3)] == [3, 6] and not due(6, 0) and not due(6, None)
 
 
 def test_names_in_the_lock_follow_the_owner(tmp_path):

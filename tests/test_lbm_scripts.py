@@ -34,7 +34,7 @@ def settings(train, *words):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("T", 1), ("N", 0), ("bs", 0), ("max_steps", -1), ("log_every", 0), ("vis_every", -1), ("grad_clip", 0), ("epoch_num", 0)]
+    [("T", 1), ("N", 0), ("bs", 0), ("max_steps", -1), ("log_every", -1), ("vis_every", -1), ("grad_clip", -1), ("epoch_num", 0)]
     + [("validate_videos", 0), ("eval_memory_size", 0), ("eval_dataset", "davos"), ("validation", "true")],
 )  # fmt: skip
 def test_settings_that_cannot_train_are_refused_by_name(scripts, key, value):
