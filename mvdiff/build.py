@@ -38,7 +38,7 @@ WITHOUT_EFFECT = (
     *("revision", "non_ema_revision", "cache_dir", "pretrained_path_feature_extractor", "logging_dir", "report_to"),
     *("tracker_project_name", "wandb_args", "local_rank", "enable_xformers_memory_efficient_attention", "validation_epochs"),
     *("last_global_step", "hub_token", "hub_model_id", "vis_dir", "validation_grid_nrow", "validation_train_batch_size", "pipe_kwargs"),
-    *("step_rules", "debug_distributed"),
+    "debug_distributed",
 )
 REFUSED = {
     "use_8bit_adam": "8-bit Adam needs a package that is not used here; AdamW is fused",
