@@ -11,6 +11,7 @@ import runpy
 import signal
 import sys
 import time
+import traceback
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +31,11 @@ def _rank(words: list[str], faults: dict) -> None:
 
         inject(faults)
     sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
-    runpy.run_path(words[0], run_name="__main__")
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except Exception:
+        traceback.print_exc()  # as `python` does; the agent tells one rank's error only
+        raise
     # a forked rank that has ended well waits until its agent has asked for a result; an agent that ends itself does not ask
     stopped = getattr(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), "received", False)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

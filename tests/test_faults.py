@@ -226,7 +226,7 @@ def test_world_size_may_change(name, lab, straight):
 def test_killed_loader_worker(name, lab, straight):
     death = {"call": 2, "once": str(lab.folder / "died")}
     output = lab.run("run", lab.system.validate, {"workers": 1}, faults={"worker_death": death}, code=None)
-    assert "a data worker was killed" in output and "lower `workers`" in output
+    assert "a data worker was killed" in output and "lower `workers`" in output, output[-6000:]
     lab.run("run", lab.system.validate)
     same_end(lab, "run", straight)
 

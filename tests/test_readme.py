@@ -36,7 +36,7 @@ def test_common_is_small_and_imports_no_folder():
     for path in (ROOT / "common").glob("*.py"):
         lines += len(path.read_text().splitlines())
         assert not re.search(r"^\s*(from|import) (lbm|stereo|moge|pi3|mvdiff|synth)\b", path.read_text(), re.M), path
-    assert lines < 1100, lines
+    assert lines < 1150, lines
 
 
 def test_folders_do_not_import_each_other_and_models_import_nothing_from_common():
