@@ -188,6 +188,8 @@ def load_weights(path) -> dict[str, torch.Tensor]:
             value = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"weights file {path} does not exist") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder: name a weights file in it") from None
     except Exception as error:
         remedy = "where you trust it, load it with weights_only=False elsewhere and save the tensors alone"
         raise ValueError(f"cannot read weights from {path} (damaged, or it holds more than tensors: {remedy}): {error}") from None

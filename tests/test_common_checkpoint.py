@@ -332,6 +332,8 @@ def test_weights_that_lie_are_refused_by_name(tmp_path):
             load_weights(path)
     with pytest.raises(FileNotFoundError, match=r"gone\.pt does not exist"):
         load_weights(tmp_path / "gone.pt")
+    with pytest.raises(ValueError, match=f"{tmp_path.name} is a folder"):
+        load_weights(tmp_path)
     assert not marker.exists()
 
 
