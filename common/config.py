@@ -1,6 +1,8 @@
 """Configuration: one commented YAML file lists every option; a user's file and then the command line override it."""
 
+import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -98,8 +100,7 @@ def _override(config: Config, key: str, text: str, defaults: Config, free: tuple
     """Apply one command-line override in place; inside a free key it may add names, and numbers index lists."""
     default = _flatten(defaults).get(key)
     try:
-        bare = isinstance(default, list) and text not in ("", "~", "null") and not text.startswith("[")
-        value = yaml.safe_load(f"[{text}]" if bare else text)
+        value = yaml.safe_load(f"[{text}]" if isinstance(default, list) and text not in ("", "~", "null") and text[0] != "[" else text)
     except yaml.YAMLError:
         value = text
     if isinstance(default, str) and not isinstance(value, (bool, type(None))):
@@ -157,6 +158,18 @@ def parse(argv, doc: str, reference, aliases: dict | None = None, free: tuple = 
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         print(f"error: {place}{error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """A type for argparse: int or float from `low` to `high`."""
+
+    def convert(text: str):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low}" + f" and at most {high}" * (high < math.inf))
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it where the text is no number
+    return convert
 
 
 def save(config: dict, path) -> None:

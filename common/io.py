@@ -23,10 +23,9 @@ def _decode(path, flags: int):
     try:
         text = {k: v for k, v in Image.open(io.BytesIO(data)).info.items() if isinstance(v, str)}
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except UnidentifiedImageError:  # its text has an address in it, another one each time
-        raise ValueError(f"{path}: not a readable image") from None
     except Exception as error:  # each library raises kinds of its own
-        raise ValueError(f"{path}: not a readable image: {error}") from None
+        reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"  # has an address in it, another one each time
+        raise ValueError(f"{path}: not a readable image{reason}") from None
     if image is None:
         raise ValueError(f"{path}: the image is corrupt or cut short")
     return image, text

@@ -6,7 +6,6 @@ torchrun --nproc_per_node 4 lbm/eval.py --checkpoint lbm.pt --dataset kinetics -
 
 import argparse
 import csv
-import math
 import sys
 import time
 from pathlib import Path
@@ -29,18 +28,6 @@ MODEL_KEYS = [
     *("lambda_cls", "lambda_vis", "lambda_reg", "lambda_unc", "lambda_ref"),
 ]
 COLUMNS = ("aj", "delta_avg", "oa", "delta_1", "delta_2", "delta_4", "delta_8", "delta_16")
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: int or float in [low, high]."""
-
-    def convert(text):
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} does not lie in {low} .. {high}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
 
 
 def tracker(
@@ -138,17 +125,17 @@ def main() -> None:
     parser.add_argument("--config", help="config with the model's shape, where the checkpoint does not hold it")
     parser.add_argument("--query_mode", default="first", choices=["first", "strided"])
     parser.add_argument(
-        "--memory_size", type=number(int, 1), help="memory slots; default 20 davis and rgb_stacking, 36 kinetics, 60 robotap"
+        "--memory_size", type=config.number(int, 1), help="memory slots; default 20 davis and rgb_stacking, 36 kinetics, 60 robotap"
     )
     parser.add_argument(
-        "--vis_threshold", type=number(float, 0, 1), help="a point is visible above this probability; default: the checkpoint's"
+        "--vis_threshold", type=config.number(float, 0, 1), help="a point is visible above this probability; default: the checkpoint's"
     )
     parser.add_argument(
-        "--spatial_penalty", type=number(float, 1e-3), help="correlations decay over so many cells from the last position"
+        "--spatial_penalty", type=config.number(float, 1e-3), help="correlations decay over so many cells from the last position"
     )
     parser.add_argument("--amp", default="off", choices=["off", "on", "bf16", "fp16"])
-    parser.add_argument("--limit", type=number(int, 1), help="only the first so many videos")
-    parser.add_argument("--chunk", type=number(int, 1), help="track at most so many points at a time, to bound memory")
+    parser.add_argument("--limit", type=config.number(int, 1), help="only the first so many videos")
+    parser.add_argument("--chunk", type=config.number(int, 1), help="track at most so many points at a time, to bound memory")
     parser.add_argument("--baselines", action="store_true", help="also score 'points never move' and pyramidal Lucas-Kanade")
     parser.add_argument("--out", help="CSV file with one row per video")
     args = parser.parse_args()

@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 import torch
 
-from common import dist
+from common import config, dist
 from common.io import contact_sheet, read_image, write_image
 from lbm.draw import draw_tracks
-from lbm.eval import load_model, number
+from lbm.eval import load_model
 from lbm.model import point_grid
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -85,20 +85,20 @@ def main() -> None:
     parser.add_argument("--video", required=True, type=Path, help="video file or folder of frames")
     parser.add_argument("--out", required=True, type=Path, help="output folder")
     parser.add_argument(
-        "--grid", type=number(int, 1), default=10, help="track a grid of so many x so many points of the first frame"
+        "--grid", type=config.number(int, 1), default=10, help="track a grid of so many x so many points of the first frame"
     )
     parser.add_argument(
         "--points", type=Path, help="track these points instead: lines 'frame, x, y' in pixels, or an (N, 3) .npy"
     )
     parser.add_argument("--config", help="config with the model's shape, where the checkpoint does not hold it")
-    parser.add_argument("--memory_size", type=number(int, 1), default=20, help="memory slots; default 20")
+    parser.add_argument("--memory_size", type=config.number(int, 1), default=20, help="memory slots; default 20")
     parser.add_argument(
-        "--vis_threshold", type=number(float, 0, 1), help="a point is visible above this probability; default: the checkpoint's"
+        "--vis_threshold", type=config.number(float, 0, 1), help="a point is visible above this probability; default: the checkpoint's"
     )
     parser.add_argument(
-        "--spatial_penalty", type=number(float, 1e-3), help="correlations decay over so many cells from the last position"
+        "--spatial_penalty", type=config.number(float, 1e-3), help="correlations decay over so many cells from the last position"
     )
-    parser.add_argument("--max_frames", type=number(int, 1), help="stop after so many frames")
+    parser.add_argument("--max_frames", type=config.number(int, 1), help="stop after so many frames")
     parser.add_argument("--amp", default="on", choices=["off", "on", "bf16", "fp16"], help="on a GPU only")
     args = parser.parse_args()
 

@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import dist
+from common.config import number
 from common.data import epoch_item, rng as position_rng
 from common.io import write_image
 from mvdiff.camera import camera_angles, camera_vector, normal_rotation, view_names
@@ -455,13 +456,6 @@ def cache_command(root: str, argv: list[str]) -> list[str]:
     return [reason for count in counts for reason in count[2]] if part[0] == 0 else []
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on, of a command line."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one of the commands; the exit code is 1 when something could not be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -470,7 +464,7 @@ def main(argv: list[str] | None = None) -> int:
     action.add_argument("--pack", metavar="ROOT", help="write every object as one file, resized")
     action.add_argument("--cache", metavar="CACHE", help="store frozen work; all other arguments are those of train.py")
     parser.add_argument("--out", help="--check: the picture (check.png); --pack: the folder to write to")
-    parser.add_argument("--resolution", type=positive, default=256)
+    parser.add_argument("--resolution", type=number(int, 1), default=256)
     parser.add_argument("--num_views", type=int, default=6)
     parser.add_argument("--crop", choices=["center"], help="for files that are not square: fit the shorter side, crop the centre")
     args, rest = parser.parse_known_args(argv)

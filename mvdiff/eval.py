@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import dist
+from common.config import number
 from common.data import stack
 from common.io import write_image
 from mvdiff.build import Frozen, check_sizes, load_frozen
-from mvdiff.dataset import MultiViewDataset, finish, list_objects, positive, split_objects
+from mvdiff.dataset import MultiViewDataset, finish, list_objects, split_objects
 from mvdiff.metrics import foreground, foreground_iou, normal_angular_error, psnr, ssim
 from mvdiff.model import ObjectNoise, decode, encode_condition, load_unet, sample, target_rows, unet_arguments
 from mvdiff.pictures import grid, round_uint8
@@ -235,16 +236,16 @@ def main() -> None:
     parser.add_argument("--variant", help="'fp16' where the files are named so")
     parser.add_argument("--data", required=True, help="folder of rendered objects")
     parser.add_argument("--object_list", help="JSON list of the objects to take")
-    parser.add_argument("--num_validation_samples", type=positive, help="only the last so many, which training leaves out")
-    parser.add_argument("--limit", type=positive, help="only the first so many")
-    parser.add_argument("--resolution", type=positive, help="side of the images; default: that of the UNet's config")
+    parser.add_argument("--num_validation_samples", type=number(int, 1), help="only the last so many, which training leaves out")
+    parser.add_argument("--limit", type=number(int, 1), help="only the first so many")
+    parser.add_argument("--resolution", type=number(int, 1), help="side of the images; default: that of the UNet's config")
     parser.add_argument("--condition_view", default="front")
     parser.add_argument("--domain", default="joint", choices=["joint", "color", "normal"])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0])
-    parser.add_argument("--steps", type=positive, default=50)
+    parser.add_argument("--steps", type=number(int, 1), default=50)
     parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--batch", type=positive, default=4, help="objects at a time")
+    parser.add_argument("--batch", type=number(int, 1), default=4, help="objects at a time")
     parser.add_argument("--amp", default="off", choices=["off", "on", "bf16", "fp16"])
     parser.add_argument("--baselines", action="store_true", help="also score the input picture, and the autoencoder alone")
     parser.add_argument("--out", help="CSV file with one row per object and guidance")

@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 
 from common import dist
+from common.config import number
 from mvdiff.build import check_sizes
 from mvdiff.camera import camera_angles, sampler_angles, view_names
 from mvdiff.clip import preprocess_pil, to_uint8
-from mvdiff.dataset import FILES, camera_embedding, positive
+from mvdiff.dataset import FILES, camera_embedding
 from mvdiff.eval import generate, has_domain_flags, image_size, load_generator, picture, scales_latents
 from mvdiff.metrics import foreground
 from mvdiff.pictures import background_color, picture_names, prepare_input, round_uint8
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--variant", help="'fp16' where the files are named so")
     parser.add_argument("--image", required=True, type=Path, help="picture with alpha, or a folder of them")
     parser.add_argument("--out", required=True, type=Path, help="output folder")
-    parser.add_argument("--resolution", type=positive, help="side of the images; default: that of the UNet's config")
+    parser.add_argument("--resolution", type=number(int, 1), help="side of the images; default: that of the UNet's config")
     parser.add_argument("--crop_size", type=int, help="pixels to frame the object to; default: 3/4 of the side; -1: as it is")
     inclusive = {"action": argparse.BooleanOptionalAction, "default": True}
     parser.add_argument("--crop_inclusive", **inclusive, help="keep the box's last row and column; the published sampler does not")
@@ -77,11 +78,11 @@ def main() -> None:
     parser.add_argument("--assume_foreground", action="store_true", help="accept pictures without alpha")
     parser.add_argument("--sampler_cameras", action="store_true", help="the published sampler's rounded camera table")
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--steps", type=positive, default=50)
+    parser.add_argument("--steps", type=number(int, 1), default=50)
     parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--published_folders", action="store_true", help="write the published sampler's folders")
-    parser.add_argument("--batch", type=positive, default=4, help="pictures at a time; the result does not depend on it")
+    parser.add_argument("--batch", type=number(int, 1), default=4, help="pictures at a time; the result does not depend on it")
     parser.add_argument("--amp", default="on", choices=["off", "on", "bf16", "fp16"], help="on a GPU only")
     args = parser.parse_args()
 

@@ -28,7 +28,7 @@ RULES = {  # key: its condition, and that in words
     "test_dataset.iters_per_test": (limit, "1 or more, or null for all"),
     "model.conf_target": (lambda v: v in ("threshold", "exp"), "threshold or exp"),
     "log.ckpt_interval": (count, "1 or more"),
-    "log_every": (lambda v: v >= 0, "0 (at the end only) or more"),
+    "log_every": (limit, "0 (at the end only) or more"),
     "max_steps": (limit, "1 or more, or null for all"),
 }
 

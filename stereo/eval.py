@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import dist
+from common import config, dist
 from common.checkpoint import apply_weights, load_weights
 from stereo import baselines
 from stereo.formats import LISTS, Pair, list_pairs, read_disparity, read_mask, read_views
@@ -150,17 +150,6 @@ def load_model(path: str, device: torch.device, **overrides) -> FoundationStereo
     return model.to(device).eval()
 
 
-def at_least(low: float, kind=int):
-    """A type for argparse: numbers from `low` on."""
-
-    def number(text: str):
-        if not (value := kind(text)) >= low:
-            raise argparse.ArgumentTypeError(f"{text} must be {low} or more")
-        return value
-
-    return number
-
-
 def table(results: dict[str, dict], mean: str = "per_image") -> str:
     """A text table of the means of named results."""
     lines = [f"{'':28}" + "".join(f"{column:>10}" for column in COLUMNS)]
@@ -181,18 +170,18 @@ def main() -> None:
         "--mask", choices=["all", "noc"], help="noc: non-occluded pixels where the set tells; default: its protocol"
     )
     parser.add_argument(
-        "--max_disparity", type=at_least(1, float), help="count truth below this only; default: 192 for sceneflow, else all"
+        "--max_disparity", type=config.number(float, 1), help="count truth below this only; default: 192 for sceneflow, else all"
     )
-    parser.add_argument("--iters", type=at_least(1), default=32, help="recurrent iterations")
+    parser.add_argument("--iters", type=config.number(int, 1), default=32, help="recurrent iterations")
     parser.add_argument("--hiera", type=int, default=0, help="1: coarse to fine, for large images")
     parser.add_argument(
-        "--scale", type=at_least(0.01, float), default=1.0, help="shrink the images first; disparities are brought back"
+        "--scale", type=config.number(float, 0.01), default=1.0, help="shrink the images first; disparities are brought back"
     )
     parser.add_argument("--max_disp", type=int, help="range of the cost volume, where it shall differ from the checkpoint's")
     parser.add_argument("--low_memory", type=int, default=0, help="1: volume in 16 bit, correlation recomputed")
     parser.add_argument("--amp", default="off", choices=["off", "on", "bf16", "fp16"])
     parser.add_argument("--baselines", action="store_true", help="also the best constant and OpenCV's SGBM (told the true range)")
-    parser.add_argument("--limit", type=at_least(1), help="only the first so many pairs")
+    parser.add_argument("--limit", type=config.number(int, 1), help="only the first so many pairs")
     parser.add_argument("--out", type=Path, help="CSV file with a row for each pair and method")
     parser.add_argument("--exclude", type=Path, help="write the names of bad training pairs here, for `exclude` of a data set")
     parser.add_argument("--exclude_above", type=float, default=60.0, help="a pair is bad above this bp2")

@@ -19,11 +19,11 @@ import numpy as np
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
-from common import dist
+from common import config, dist
 from common.io import contact_sheet, write_image, write_ply, write_png16
 from stereo.codec import encode_kitti, encode_pfm
 from stereo.draw import disparity_picture
-from stereo.eval import at_least, load_model, predictor
+from stereo.eval import load_model, predictor
 from stereo.formats import Pair, read_calibration, read_views, stems
 
 
@@ -91,12 +91,12 @@ def main() -> None:
     parser.add_argument("--right", "--right_file", required=True, type=Path, help="right image, or a folder with the same names")
     parser.add_argument("--out", "--out_dir", required=True, type=Path, help="output folder")
     parser.add_argument("--format", default="pfm", choices=["pfm", "png", "npz"], help="of the disparity map")
-    parser.add_argument("--iters", "--valid_iters", type=at_least(1), default=32, help="recurrent iterations")
-    parser.add_argument("--scale", type=at_least(0.01, float), default=1.0, help="shrink the images first; maps are brought back")
+    parser.add_argument("--iters", "--valid_iters", type=config.number(int, 1), default=32, help="recurrent iterations")
+    parser.add_argument("--scale", type=config.number(float, 0.01), default=1.0, help="shrink the images first; maps are brought back")
     parser.add_argument("--hiera", type=int, default=0, help="1: coarse to fine, for images wider than about 1000 pixels")
     parser.add_argument("--max_disp", type=int, help="range of the cost volume, where it shall differ from the checkpoint's")
     parser.add_argument("--low_memory", type=int, default=0, help="1: volume in 16 bit, correlation recomputed")
-    parser.add_argument("--x_offset", type=at_least(0), default=0, help="pixels by which disparities may be negative")
+    parser.add_argument("--x_offset", type=config.number(int, 0), default=0, help="pixels by which disparities may be negative")
     parser.add_argument("--amp", default="on", choices=["off", "on", "bf16", "fp16"], help="on a GPU only")
     parser.add_argument("--intrinsics", "--intrinsic_file", type=Path, help="calibration: write depth and point cloud")
     parser.add_argument("--get_pc", type=int, default=1, help="0: no point cloud")

@@ -36,13 +36,12 @@ PUBLISHED += ["img_gamma", "inference_tile", "tile_min_overlap", "tile_wtype", "
 PUBLISHED += ["val_interval", "time_limit", "notes", "tags_more", "finetune_from", "finetune_ckpt_name", "train_iters", "valid_iters"]
 
 
-RANGES = (  # lowest, highest, numbers; those of the last two lines may be null too
-    (1, math.inf, "num_iterations batch_size_forward gradient_accumulation_steps"),
-    (1, math.inf, "train_iters valid_iters max_bad_steps keep_last"),
-    (0, math.inf, "log_every save_every validate_every vis_every num_vis_images workers keep_every data.erase_scale"),
-    (0, 1, "ema_decay max_bad_fraction data.flip_probability data.vertical_flip_probability data.min_valid"),
-    (0, math.inf, "grad_clip"),
-    (1, math.inf, "max_steps max_steps_per_run validate_pairs data.max_disparity"),
+RANGES = (  # lowest, highest, whether null will do, keys
+    (1, math.inf, False, "num_iterations batch_size_forward gradient_accumulation_steps train_iters valid_iters max_bad_steps"),
+    (0, math.inf, False, "log_every save_every validate_every vis_every num_vis_images workers keep_every data.erase_scale"),
+    (0, 1, False, "ema_decay max_bad_fraction data.flip_probability data.vertical_flip_probability data.min_valid"),
+    (0, math.inf, True, "grad_clip"),
+    (1, math.inf, True, "max_steps max_steps_per_run validate_pairs keep_last data.max_disparity"),
 )
 
 
@@ -64,11 +63,10 @@ def check(cfg: dict) -> None:
 
 def check_ranges(cfg: dict) -> None:
     """ValueError for a number of the config that is outside its range."""
-    for low, high, names in RANGES:
+    for low, high, nullable, names in RANGES:
         for name in names.split():
             value = (cfg["data"] if name.startswith("data.") else cfg)[name.removeprefix("data.")]
-            empty = value is None and (low, high, names) in RANGES[-2:]
-            if not empty and not (isinstance(value, (int, float)) and low <= value <= high):
+            if not (nullable and value is None) and not (isinstance(value, (int, float)) and low <= value <= high):
                 raise ValueError(f"{name} {value} must be {f'from {low} to {high}' if high < math.inf else f'{low} or more'}")
 
 

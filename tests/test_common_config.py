@@ -1,5 +1,6 @@
 """Config: the file is the list of options, the command line wins, and wrong input ends with one line and exit code 2."""
 
+import argparse
 import json
 
 import pytest
@@ -184,6 +185,19 @@ def test_save_reads_back_equal_and_diff_names_changes(parse, tmp_path):
     assert config.diff(cfg, cfg) == []
     assert config.diff(cfg, new) == ["size: [384, 512] -> [1, 2]", "train.decay: 0.01 -> 1.0"]
     assert config.diff({"a": None}, {}) == ["a: None -> absent"]
+
+
+@pytest.mark.parametrize("text, reason", [("0", "0: must be at least 1"), ("x", "invalid int value"), ("1.5", "invalid int value")])
+def test_numbers_of_an_argparse_line_are_within_their_limits(capsys, text, reason):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--limit", type=config.number(int, 1))
+    parser.add_argument("--share", type=config.number(float, 0, 1))
+    args = parser.parse_args(["--limit", "3", "--share", "0.5"])
+    assert (args.limit, args.share) == (3, 0.5)
+    for words, told in ((["--limit", text], reason), (["--share", "2"], "2: must be at least 0 and at most 1")):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert told in capsys.readouterr().err
 
 
 LEAVES = st.none() | st.booleans() | st.floats() | st.text(max_size=5)

@@ -237,6 +237,7 @@ WRONG = [
     ("--data.flip_probability 7", "data.flip_probability 7.0 must be from 0 to 1"),
     ("--gradient_accumulation_steps 0", "gradient_accumulation_steps 0 must be 1 or more"),
     ("--log_every null", "log_every None must be 0 or more"),
+    ("--keep_last 0", "keep_last 0 must be 1 or more"),
     ("--grad_clip -1", "grad_clip -1.0 must be 0 or more"),
     ("--data.image_sizes [64,64]", "must be a list of [width, height]"),
     ("--data.area_range [6000,9000]", "set image_sizes null"),
@@ -249,6 +250,12 @@ WRONG = [
     ("--init LEVELS", "checkpoint has corr_levels=2"),
     ("--init PARTIAL", "missing"),
 ]
+
+
+def test_null_is_a_value_where_the_config_says_so():
+    cfg = read(ROOT / "stereo/configs/paper.yaml")
+    cfg |= dict.fromkeys(("grad_clip", "max_steps", "max_steps_per_run", "validate_pairs", "keep_last"))
+    recipe.check_ranges(cfg)
 
 
 def test_wrong_input_is_named(tiny, tmp_path, straight):
